@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libc calls that Python lacks, each with its errno checked.
+
+Every function raises ``OSError`` with the errno of the call, and lets other threads run while the
+kernel works (``ctypes.CDLL`` drops the interpreter lock).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_c_off_t = ctypes.c_int64
+assert ctypes.sizeof(ctypes.c_long) == 8  # off_t and the statfs layout below are the 64-bit ones
+
+PROT_NONE: Final = 0
+PROT_READ: Final = 1
+PROT_WRITE: Final = 2
+MAP_SHARED: Final = 0x01
+MAP_PRIVATE: Final = 0x02
+MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
+MAP_NORESERVE: Final = 0x4000
+MREMAP_MAYMOVE: Final = 1
+MREMAP_FIXED: Final = 2
+"""linux/mman.h"""
+MADV_DONTFORK: Final = 10
+"""asm-generic/mman-common.h; the MAP_ values are those of x86-64 and arm64."""
+
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+"""linux/falloc.h"""
+
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+_mmap = _libc.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    _c_off_t,
+)
+_munmap = _libc.munmap
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_mremap = _libc.mremap
+_mremap.restype = ctypes.c_void_p
+_mremap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_void_p,
+)
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, _c_off_t, _c_off_t)
+
+
+class _Statfs(ctypes.Structure):
+    """``struct statfs`` (asm-generic/statfs.h, 64-bit). Only the type is read."""
+
+    _fields_ = (("f_type", ctypes.c_long), ("rest", ctypes.c_long * 14))
+
+
+assert ctypes.sizeof(_Statfs) == 120
+
+_fstatfs = _libc.fstatfs
+_fstatfs.argtypes = (ctypes.c_int, ctypes.POINTER(_Statfs))
+
+
+def _raise(call: str) -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def mmap(address: int | None, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
+    """mmap(2). Returns the address; the caller owns the mapping."""
+    found: int | None = _mmap(address, size, protection, flags, fd, offset)
+    if found is None or found == _MAP_FAILED:
+        _raise("mmap")
+    assert found is not None
+    return found
+
+
+def munmap(address: int, size: int) -> None:
+    """munmap(2)."""
+    if _munmap(address, size):
+        _raise("munmap")
+
+
+def move(address: int, size: int, onto: int) -> None:
+    """mremap(2): put the mapping at ``address`` in the place of what is mapped at ``onto``."""
+    flags = MREMAP_MAYMOVE | MREMAP_FIXED
+    found: int | None = _mremap(address, size, size, flags, onto)
+    if found is None or found == _MAP_FAILED:
+        _raise("mremap")
+
+
+def madvise(address: int, size: int, advice: int) -> None:
+    """madvise(2)."""
+    if _madvise(address, size, advice):
+        _raise("madvise")
+
+
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2)."""
+    if _fallocate(fd, mode, offset, size):
+        _raise("fallocate")
+
+
+def filesystem_magic(fd: int) -> int:
+    """The magic number of the file system ``fd`` lies on (fstatfs(2), linux/magic.h)."""
+    found = _Statfs()
+    if _fstatfs(fd, ctypes.byref(found)):
+        _raise("fstatfs")
+    return int(found.f_type)
