@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to reach a function, by the scheme of its target. Loaded when first asked for."""
+
+from __future__ import annotations
+
+import socket
+from importlib import import_module
+from typing import Protocol, cast
+
+from holdfast.contracts import FunctionBackend
+from holdfast.errors import BadTarget
+from holdfast.values import Target
+
+REGISTRY = {
+    "vfio-user": "holdfast.backends.vfio_user:open_target",
+}
+"""Scheme to ``module:callable``; the callable takes a Target and returns a FunctionBackend.
+
+``emu`` is not here: an emulated function is started first, then its socket goes to :func:`adopt`.
+"""
+
+
+class _Opener(Protocol):
+    def __call__(self, target: Target) -> FunctionBackend: ...
+
+
+def connect(target: Target) -> FunctionBackend:
+    """Reach the function behind ``target``.
+
+    Raises :class:`BadTarget` if no backend knows the scheme, :class:`DeviceGone` if nothing answers
+    there. The caller closes the backend.
+    """
+    place = REGISTRY.get(target.scheme)
+    if place is None:
+        raise BadTarget(
+            f"no backend for {target.scheme!r}",
+            operation="connect",
+            target=str(target),
+            hint=f"what works: {', '.join(sorted(['emu', *REGISTRY]))}",
+        )
+    module, _, name = place.partition(":")
+    opener = cast(_Opener, getattr(import_module(module), name))
+    return opener(target)
+
+
+def adopt(sock: socket.socket, target: str) -> FunctionBackend:
+    """A vfio-user function at the other end of a connected socket. Takes ownership of ``sock``.
+
+    ``target`` names it in errors.
+    """
+    from holdfast.backends.vfio_user import VfioUserBackend
+
+    return VfioUserBackend(sock, target=target)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Protocols without I/O: bytes and descriptor counts in, typed messages and events out."""
