@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A lease: who holds it, what it holds, and what has happened to it so far."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.dma.slab import SlabMemory
+from holdfast.driver import Grant
+from holdfast.keeper.journal import Entry
+from holdfast.keeper.state import Fact, Machine, State
+from holdfast.kernel.pidfd import Peer
+from holdfast.values import Access, Iova, LeaseId
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One entry of a lease's log: state entered, CLOCK_MONOTONIC nanoseconds, and why."""
+
+    state: State
+    at_ns: int
+    why: str
+
+
+@dataclass(slots=True)
+class HeldSlab:
+    """A slab of this lease. ``entry`` is None for arena memory, which has no map of its own."""
+
+    number: int
+    memory: SlabMemory
+    size: int
+    iovas: list[Iova]
+    entry: Entry | None = None
+
+
+@dataclass(slots=True)
+class HeldPin:
+    """Relayed client memory: an IOVA range that the function reaches by message."""
+
+    number: int
+    iova: Iova
+    size: int
+    entry: Entry
+
+
+@dataclass(slots=True)
+class Lease:
+    """Everything the keeper knows of one lease. Used by the keeper's loop only."""
+
+    number: LeaseId
+    peer: Peer
+    machine: Machine
+    access: Access = Access.SHARED
+    channels: tuple[int, ...] = ()
+    claimed: bool = False
+    grant: Grant = field(default_factory=Grant)
+    control: HeldSlab | None = None
+    slabs: dict[int, HeldSlab] = field(default_factory=dict)
+    pins: dict[int, HeldPin] = field(default_factory=dict)
+    own_memory: int | None = None
+    """The client's /proc/self/mem, once it sent it."""
+    log: list[Step] = field(default_factory=list)
+    in_flight_at_death: int = 0
+    completed_after_death: bool = False
+    announced: bool = False
+    noticed_ns: int = 0
+    """When the first sign of its end was seen (CLOCK_MONOTONIC)."""
+    punch_ns: int = 0
+    """Time that giving its pages back to the kernel took."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    serving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a request is answered: the death protocol begins behind it, never beside it."""
+    memory_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while memory is taken or let go, so that a death never races with a map."""
+    lifeline: int = 0
+    """Inode of the client's end of the lease's socket, as the client says."""
+    hung_up: bool = False
+    process_dead: bool = False
+
+    @property
+    def alive(self) -> bool:
+        return self.machine.state is State.ALIVE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of DMA memory held for this lease."""
+        return sum(slab.size for slab in self.all_slabs())
+
+    def all_slabs(self) -> Iterator[HeldSlab]:
+        if self.control is not None:
+            yield self.control
+        yield from self.slabs.values()
+
+    def note(self, why: str, at_ns: int = 0) -> None:
+        """Log that the present state was entered (or explained), now or when it was noticed."""
+        self.log.append(Step(self.machine.state, at_ns or time.monotonic_ns(), why))
+
+    def signal(
+        self, *, hung_up: bool = False, process_dead: bool = False, goodbye: bool = False
+    ) -> None:
+        """Record a sign of the end.
+
+        Hang-up and pidfd together mean that nobody can post any more; so does a goodbye, which a
+        client says after it has unmapped its windows and closed its doorbells.
+        """
+        self.hung_up |= hung_up
+        self.process_dead |= process_dead
+        self.noticed_ns = self.noticed_ns or time.monotonic_ns()
+        if goodbye or (self.hung_up and self.process_dead):
+            self.machine.observe(Fact.CANNOT_POST)
+        self.changed.set()
+
+    def describe(self) -> dict[str, Any]:
+        """What ``holdfast ps`` shows of this lease."""
+        return {
+            "lease": int(self.number),
+            "pid": self.peer.pid,
+            "uid": self.peer.uid,
+            "state": str(self.machine.state),
+            "policy": str(self.machine.policy),
+            "access": str(self.access),
+            "channels": list(self.channels),
+            "bytes": self.nbytes,
+            "pins": len(self.pins),
+            "lifeline": self.lifeline,
+            "withheld": [str(fact) for fact in self.machine.withheld()] if not self.alive else [],
+            "in_flight_at_death": self.in_flight_at_death,
+            "completed_after_death": self.completed_after_death,
+            "punch_ns": self.punch_ns,
+            "hung_up": self.hung_up,
+            "process_dead": self.process_dead,
+            "log": [(str(step.state), step.at_ns, step.why) for step in self.log],
+        }

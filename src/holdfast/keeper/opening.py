@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``holdfast.open``: from a target to a :class:`~holdfast.device.Device`.
+
+Also what must happen behind the user's back: devices are closed at interpreter exit, and a forked
+child loses every descriptor of its parent's leases.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+import weakref
+
+from holdfast.bar import Bar, Config
+from holdfast.device import Device
+from holdfast.driver import ControlMemory, Driver, find
+from holdfast.errors import Busy, KeeperGone, KeeperUnreachable, ProtocolError, UsageError
+from holdfast.interrupt import Interrupt
+from holdfast.keeper import embedded
+from holdfast.keeper.client import LeaseClient, close_all, expect, sg_of, take_bells
+from holdfast.kernel.mapping import Mapping
+from holdfast.uapi import pci_regs
+from holdfast.values import CONFIG_REGION, Access, Area, Region, Target
+from holdfast.wire import lease as wire
+
+RETRY_PAUSE = 0.005
+SUCCESSION = 2.0
+"""Seconds in which the successor of a keeper that ends must have come up."""
+
+_devices: weakref.WeakSet[Device] = weakref.WeakSet()
+_clients: weakref.WeakSet[LeaseClient] = weakref.WeakSet()
+
+
+def connect(target: Target, timeout: float | None = None) -> LeaseClient:
+    """Connect to the target's keeper, starting one if the target allows it, and greet it."""
+    deadline = time.monotonic() + SUCCESSION
+    while True:
+        client = LeaseClient(embedded.connect(target, timeout), target)
+        _clients.add(client)
+        try:
+            client.greet()
+        except (KeeperGone, KeeperUnreachable):
+            # It was just ending. Nothing has been asked of it yet, so try its successor.
+            client.close()
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(RETRY_PAUSE)
+        except BaseException:
+            client.close()
+            raise
+        else:
+            return client
+
+
+def open(  # noqa: A001
+    target: str,
+    *,
+    access: str | None = None,
+    timeout: float | None = None,
+    channels: int | None = None,
+) -> Device:
+    """Open a PCI function and lease it.
+
+    target
+        ``emu:edu``, ``emu:xdma``, ``emu:FILE.py:Class``, ``vfio-user:/path/to.sock``, ...
+        A missing keeper (and emulated function) is started for this user and ends when idle.
+    access
+        ``"exclusive"`` (the whole function) or ``"shared"`` (some channels of it). None: shared
+        if the function's driver has channels, else exclusive.
+    timeout
+        seconds to wait while others hold what is asked for; None: do not wait.
+    channels
+        how many channels a shared lease wants; 0 asks for memory only.
+
+    Raises BadTarget, Busy, KeeperUnreachable, NoPermission, VersionMismatch, DeviceError.
+    """
+    parsed = Target.parse(target)
+    wanted = _parse_access(access, target)
+    deadline = time.monotonic() + (timeout or 0)
+    while True:
+        client = connect(parsed, timeout)
+        try:
+            return _open(client, parsed, wanted, channels)
+        except Busy:
+            client.close()
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(RETRY_PAUSE)
+        except BaseException:
+            client.close()
+            raise
+
+
+def _parse_access(access: str | None, target: str) -> Access | None:
+    try:
+        return None if access is None else Access(access)
+    except ValueError:
+        raise UsageError(
+            f"access {access!r} is not one of {[str(a) for a in Access]}",
+            operation="open",
+            target=target,
+        ) from None
+
+
+def _open(
+    client: LeaseClient, target: Target, access: Access | None, channels: int | None
+) -> Device:
+    reply, fds = client.request(wire.Open(access=access, channels=channels))
+    opened = expect(reply, wire.Opened)
+    client.number = opened.lease
+    client.access = opened.access
+    client.channels = tuple(opened.channels)
+    client.grant = opened.grant
+    client.granted = client.generation()
+    taken: set[int] = set()
+    try:
+        device = _build(client, target, opened, fds, taken)
+    finally:
+        close_all([fd for place, fd in enumerate(fds) if place not in taken])
+    _devices.add(device)
+    return device
+
+
+def _build(
+    client: LeaseClient, target: Target, opened: wire.Opened, fds: list[int], taken: set[int]
+) -> Device:
+    bars: dict[int, Bar] = {}
+    config: Config | None = None
+    for info in opened.regions:
+        region = _region(info)
+        if region.index == CONFIG_REGION:
+            config = Config(region, client, [], str(target))
+        elif region.size and region.index < 6:
+            bars[region.index] = Bar(region, client, _map_areas(info, region, fds), str(target))
+    if config is None:
+        raise ProtocolError("the function has no configuration space", operation="open")
+    irqs = {}
+    for vector in opened.vectors:
+        unmask = client.unmask if vector.level else None
+        irqs[vector.vector] = Interrupt(vector.vector, fds[vector.fd], client, unmask)
+        taken.add(vector.fd)
+    bells = take_bells(opened.bells, fds)
+    taken.update(bell.fd for bell in opened.bells)
+    control = _map_control(opened.control, fds) if opened.control else None
+    driver: type[Driver] = Driver
+    if opened.channels or opened.access is Access.EXCLUSIVE:
+        driver = find(
+            target, config.load(pci_regs.VENDOR_ID, 2), config.load(pci_regs.DEVICE_ID, 2)
+        )
+    return Device(
+        target,
+        client,
+        driver=driver,
+        bars=bars,
+        config=config,
+        irqs=irqs,
+        bells=bells,
+        control=control,
+    )
+
+
+def _region(info: wire.RegionInfo) -> Region:
+    return Region(
+        info.index,
+        info.size,
+        info.readable,
+        info.writable,
+        tuple(Area(offset, size) for offset, size in info.areas),
+        info.file_offset,
+    )
+
+
+def _map_areas(info: wire.RegionInfo, region: Region, fds: list[int]) -> list[tuple[Area, Mapping]]:
+    if info.fd is None:
+        return []
+    return [
+        (
+            area,
+            Mapping(
+                fds[info.fd],
+                area.size,
+                offset=region.file_offset + area.offset,
+                writable=region.writable,
+                dont_fork=True,
+            ),
+        )
+        for area in region.areas
+    ]
+
+
+def _map_control(info: wire.SlabInfo, fds: list[int]) -> ControlMemory:
+    # Not in a forked child: it could write descriptors there.
+    mapping = Mapping.extents(fds[info.fd], info.extents, dont_fork=True)
+    return ControlMemory(mapping.array.data, sg_of(info))
+
+
+# -- fork and exit ------------------------------------------------------------
+
+
+def _in_child() -> None:
+    """A forked child can neither post nor hold the lease: its copies of everything are closed."""
+    for client in list(_clients):
+        client.drop()
+    for device in list(_devices):
+        device.orphan()
+
+
+def _at_exit() -> None:
+    for device in list(_devices):
+        device.close()
+
+
+os.register_at_fork(after_in_child=_in_child)
+atexit.register(_at_exit)

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keeper's loop: accepts clients, answers their requests, notices their deaths.
+
+One asyncio loop serves everything; what blocks goes through ``FunctionHost.call``. A client is one
+connection is one lease. Its requests are answered in order. Its end is noticed twice, by its pidfd
+and by the hang-up of its socket; whichever comes first freezes the lease, and the rest is
+:mod:`holdfast.keeper.quiesce`. Nothing a client sends or does not send can end the keeper: a broken
+protocol ends that connection only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.dma.ledger import Ledger
+from holdfast.errors import (
+    HoldfastError,
+    KeeperUnreachable,
+    ProtocolError,
+    UsageError,
+    VersionMismatch,
+    to_fields,
+)
+from holdfast.keeper.connection import Connection
+from holdfast.keeper.function import FunctionHost
+from holdfast.keeper.journal import MemoryJournal
+from holdfast.keeper.lease import Lease
+from holdfast.keeper.memory import MemoryDesk
+from holdfast.keeper.quiesce import Deadlines, Quiesce
+from holdfast.keeper.session import Session
+from holdfast.keeper.state import Machine, State
+from holdfast.kernel import pidfd
+from holdfast.values import LeaseId, Policy
+from holdfast.wire import lease as wire
+
+HISTORY = 4096
+"""How many ended leases ``ps`` can still tell about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a keeper behaves. Bytes and seconds."""
+
+    policy: Policy = Policy.DRAIN
+    quota: int = 1 << 30
+    buffers: int = 65536
+    quarantine_bound: int = 1 << 30
+    idle: float | None = None
+    """End after this long without a client; None: stay."""
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+
+class Keeper:
+    """Serves one function. Construct and :meth:`serve` inside a running loop."""
+
+    def __init__(self, host: FunctionHost, settings: Settings) -> None:
+        self.host = host
+        self.settings = settings
+        self.journal = MemoryJournal()
+        self.desk = MemoryDesk(host, self.journal, Ledger(settings.quota, settings.buffers))
+        self.leases: dict[LeaseId, Lease] = {}
+        self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+        self.sessions: dict[LeaseId, Session] = {}
+        self._connections: set[asyncio.Task[None]] = set()
+        self._deaths: dict[LeaseId, asyncio.Task[None]] = {}
+        self._numbers = itertools.count(1)
+        self._stop = asyncio.Event()
+        self._quiet_since = time.monotonic()
+        host.backend.on_gone = self._function_gone
+        self._loop = asyncio.get_running_loop()
+
+    # -- life ------------------------------------------------------------
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Accept clients until :meth:`stop`, idleness or the end of the function."""
+        listener.setblocking(False)
+        accepting = asyncio.create_task(self._accept(listener))
+        try:
+            while not self._stop.is_set():
+                try:
+                    async with asyncio.timeout(self._patience()):
+                        await self._stop.wait()
+                except TimeoutError:
+                    if self._idle_for() >= (self.settings.idle or 0):
+                        break
+        finally:
+            accepting.cancel()
+            # While it listens nobody else can have taken its name; a moment later a successor may.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(listener.getsockname())
+            listener.close()
+            await self._wind_up()
+
+    def stop(self) -> None:
+        """End serving: living leases are treated as dead, and quieted by their policy."""
+        self._stop.set()
+
+    def _patience(self) -> float | None:
+        if self.settings.idle is None:
+            return None
+        return max(0.01, self.settings.idle - self._idle_for())
+
+    def _idle_for(self) -> float:
+        if self._connections or self._deaths:
+            self._quiet_since = time.monotonic()
+        return time.monotonic() - self._quiet_since
+
+    async def _wind_up(self) -> None:
+        for task in list(self._connections):
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        bound = sum(
+            (
+                self.settings.deadlines.drain,
+                self.settings.deadlines.stop,
+                self.settings.deadlines.isolate,
+                self.settings.deadlines.reset,
+            )
+        )
+        if self._deaths:
+            # What is not quiet by then keeps its memory until the function itself is let go.
+            await asyncio.wait(self._deaths.values(), timeout=bound)
+        for task in [*self._deaths.values(), *self.host.tasks]:
+            task.cancel()
+        await asyncio.get_running_loop().run_in_executor(None, self.host.close)
+
+    def _function_gone(self) -> None:
+        """Called from the backend's thread: no new lease makes sense any more."""
+        self._loop.call_soon_threadsafe(self._on_function_gone)
+
+    def _on_function_gone(self) -> None:
+        for session in list(self.sessions.values()):
+            session.notify("gone", "the function went away")
+        self.stop()
+
+    # -- clients ------------------------------------------------------------
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError:  # out of descriptors: try again rather than die
+                await asyncio.sleep(0.05)
+                continue
+            task = asyncio.create_task(self._attend(sock))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def _attend(self, sock: socket.socket) -> None:
+        connection = Connection(sock)
+        lease: Lease | None = None
+        try:
+            greeted = await self._greet(connection)
+            if greeted is None:
+                return
+            peer, hello = greeted
+            machine = Machine(self.settings.policy)
+            lease = Lease(LeaseId(next(self._numbers)), peer, machine, lifeline=hello.lifeline)
+            session = Session(self, lease, connection)
+            await session.serve()
+        except ProtocolError as error:
+            connection.send(wire.Failed(error=to_fields(error)))
+        finally:
+            self._hung_up(lease, connection)
+
+    async def _greet(self, connection: Connection) -> tuple[pidfd.Peer, wire.Hello] | None:
+        """The handshake: version and identity. None if the client left or was refused."""
+        packet, fds = await connection.receive()
+        if not packet:
+            return None
+        try:
+            offered = fds.pop(0) if fds else None
+            peer = pidfd.identify(connection.sock, offered)
+        except HoldfastError as error:
+            connection.send(wire.Failed(error=to_fields(error)))
+            return None
+        finally:
+            for fd in fds:
+                os.close(fd)
+        try:
+            hello = wire.decode_request(packet)
+        except ProtocolError:
+            os.close(peer.pidfd)
+            raise
+        problem = self._refusal(hello)
+        if problem is not None or not isinstance(hello, wire.Hello):
+            problem = problem or ProtocolError("say Hello first", operation="greet")
+            connection.send(wire.Failed(seq=hello.seq, error=to_fields(problem)))
+            os.close(peer.pidfd)
+            return None
+        connection.send(
+            wire.Welcome(
+                seq=hello.seq,
+                version=wire.VERSION,
+                target=str(self.host.target),
+                keeper=os.getpid(),
+                driver=self.host.driver.name,
+                policy=str(self.settings.policy),
+            )
+        )
+        return peer, hello
+
+    def _refusal(self, hello: wire.Request) -> HoldfastError | None:
+        target = str(self.host.target)
+        if isinstance(hello, wire.Hello) and hello.version != wire.VERSION:
+            return VersionMismatch(
+                f"the client speaks version {hello.version}, the keeper {wire.VERSION}",
+                operation="greet",
+                target=target,
+            )
+        if self._stop.is_set():
+            return KeeperUnreachable(
+                "the keeper is ending",
+                operation="greet",
+                target=target,
+                hint="open the target again",
+            )
+        return None
+
+    # -- leases ------------------------------------------------------------
+
+    def admit(self, lease: Lease, session: Session) -> None:
+        """A lease begins: from now on its death is watched."""
+        self.require_room()
+        self.leases[lease.number] = lease
+        self.sessions[lease.number] = session
+        self._loop.add_reader(lease.peer.pidfd, self._died, lease)
+
+    def require_room(self) -> None:
+        """Raise UsageError if too much memory is in quarantine for another lease."""
+        held = self.quarantined()
+        if held >= self.settings.quarantine_bound:
+            raise UsageError(
+                f"{held} bytes are in quarantine, at the bound of {self.settings.quarantine_bound}",
+                operation="open",
+                target=str(self.host.target),
+                hint="see holdfast ps; reset or restart the function",
+            )
+
+    def _died(self, lease: Lease) -> None:
+        self._loop.remove_reader(lease.peer.pidfd)
+        lease.signal(process_dead=True)
+        self._end(lease, "its process died")
+
+    def _hung_up(self, lease: Lease | None, connection: Connection) -> None:
+        connection.close()
+        if lease is None:
+            return
+        session = self.sessions.pop(lease.number, None)
+        if session is None:  # never admitted, so nobody else closes it
+            os.close(lease.peer.pidfd)
+            return
+        if session.closed_orderly:
+            lease.signal(goodbye=True)
+        lease.signal(hung_up=True)
+        # An orphan may hold the connection until long after the lease was released.
+        if lease.number in self.leases:
+            self._end(lease, "its connection hung up")
+
+    def _end(self, lease: Lease, why: str) -> None:
+        if lease.number in self._deaths:
+            return
+        quiesce = Quiesce(lease, self.host, self.desk, self.settings.deadlines, self)
+        task = asyncio.get_running_loop().create_task(quiesce.run(why))
+        self._deaths[lease.number] = task
+        task.add_done_callback(lambda done: self._ended(lease, done))
+
+    def _ended(self, lease: Lease, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A fault of ours: keep everything that the lease holds, and say so.
+            lease.note(f"internal error, memory kept: {type(error).__name__}: {error}")
+            return
+        self.history.append(lease.describe())
+        self._deaths.pop(lease.number, None)
+        self.leases.pop(lease.number, None)
+        self._loop.remove_reader(lease.peer.pidfd)
+        os.close(lease.peer.pidfd)
+
+    def announce(self, what: str, text: str, *, but: Lease | None) -> None:
+        """Tell every other living lease of a function-level step."""
+        for number, session in self.sessions.items():
+            if but is None or number != but.number:
+                session.notify(what, text)
+
+    def ps(self, after: int) -> dict[str, Any]:
+        """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time."""
+        ended = [told for told in self.history if told["lease"] > after]
+        living = [lease.describe() for lease in self.leases.values() if lease.number > after]
+        every = sorted(ended + living, key=lambda told: int(told["lease"]))
+        return {
+            "target": str(self.host.target),
+            "keeper": os.getpid(),
+            "function": self.host.child.pid if self.host.child is not None else None,
+            "driver": self.host.driver.name,
+            "policy": str(self.settings.policy),
+            "leases": every[: wire.PS_PAGE],
+            "more": len(every) > wire.PS_PAGE,
+            "free_channels": sorted(self.host.free_channels),
+            "quarantined_bytes": self.quarantined(),
+            "unaccounted_bytes": self.unaccounted(),
+        }
+
+    def quarantined(self) -> int:
+        return sum(
+            lease.nbytes
+            for lease in self.leases.values()
+            if lease.machine.state is State.QUARANTINE
+        )
+
+    def unaccounted(self) -> int:
+        """Bytes that the source of memory has given out and no lease holds: must be 0."""
+        held = sum(lease.nbytes for lease in self.leases.values())
+        return self.host.source.held_bytes - held

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One client's requests, answered in order.
+
+A request that fails has no effect and is answered with the error's fields. A message that the
+protocol does not allow ends the session: :class:`~holdfast.errors.ProtocolError` passes through to
+the keeper, which hangs up. Descriptors that came with a message are closed unless it consumed them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from holdfast.contracts import Doorbell
+from holdfast.dma.sg import SgList
+from holdfast.driver import ControlMemory, Driver
+from holdfast.errors import (
+    BadAccess,
+    Busy,
+    DeviceError,
+    HoldfastError,
+    NotSupported,
+    ProtocolError,
+    UsageError,
+    to_fields,
+)
+from holdfast.keeper.connection import Connection
+from holdfast.keeper.lease import HeldSlab, Lease
+from holdfast.kernel.mapping import Mapping
+from holdfast.uapi import pci_regs
+from holdfast.values import CONFIG_REGION, Access, IrqIndex
+from holdfast.wire import lease as wire
+
+if TYPE_CHECKING:
+    from holdfast.keeper.server import Keeper
+
+COMMAND_DEADLINE = 5.0
+"""Seconds that a driver command may take."""
+
+Bells = list[tuple[int, Doorbell]]
+
+
+class Session:
+    """Serves one connection until it hangs up. Loop only."""
+
+    def __init__(self, keeper: Keeper, lease: Lease, connection: Connection) -> None:
+        self.keeper = keeper
+        self.host = keeper.host
+        self.desk = keeper.desk
+        self.lease = lease
+        self.connection = connection
+        self.closed_orderly = False
+        self._opened = False
+        self._handlers: dict[type[wire.Message], Callable[[Any, list[int]], Awaitable[None]]] = {
+            wire.Open: self._open,
+            wire.TakeSlab: self._take_slab,
+            wire.GiveSlab: self._give_slab,
+            wire.Pin: self._pin,
+            wire.Unpin: self._unpin,
+            wire.RegionRead: self._region_read,
+            wire.RegionWrite: self._region_write,
+            wire.Unmask: self._unmask,
+            wire.Command: self._command,
+            wire.Regrant: self._regrant,
+            wire.Reset: self._reset,
+            wire.Ps: self._ps,
+            wire.Close: self._close,
+        }
+
+    async def serve(self) -> None:
+        """Answer until hang-up. A frozen lease's messages are read and dropped."""
+        while not self.closed_orderly:
+            packet, fds = await self.connection.receive()
+            if not packet:
+                return
+            try:
+                async with self.lease.serving:
+                    if self._opened and not self.lease.alive:
+                        continue
+                    await self._answer(wire.decode_request(packet), fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    async def _answer(self, request: wire.Request, fds: list[int]) -> None:
+        handler = self._handlers.get(type(request))
+        if handler is None:
+            raise ProtocolError(f"{type(request).__name__} is out of place", operation="serve")
+        try:
+            if not self._opened and not isinstance(request, wire.Open | wire.Ps | wire.Close):
+                raise UsageError("open a lease first", operation=type(request).__name__)
+            await handler(request, fds)
+        except ProtocolError:
+            raise
+        except HoldfastError as error:
+            self.connection.send(wire.Failed(seq=request.seq, error=to_fields(error)))
+        except Exception as error:  # noqa: BLE001 - a driver's fault must not look like a hang-up
+            told = DeviceError(
+                f"{type(error).__name__}: {error}",
+                operation=type(request).__name__,
+                target=str(self.host.target),
+                hint=f"this is a fault in driver {self.host.driver.name} or in the keeper",
+            )
+            self.connection.send(wire.Failed(seq=request.seq, error=to_fields(told)))
+
+    def notify(self, what: str, text: str) -> None:
+        """Tell the client of something it did not ask for."""
+        self.connection.send(wire.Notice(what=what, text=text))
+
+    # -- opening ------------------------------------------------------------
+
+    async def _open(self, request: wire.Open, _: list[int]) -> None:
+        lease, host, driver = self.lease, self.host, self.host.driver
+        if self._opened:
+            raise UsageError("this connection has its lease already", operation="open")
+        self.keeper.require_room()  # first, because the reason may last
+        if not host.usable.is_set():
+            raise Busy("the function is being quieted", operation="open", target=str(host.target))
+        default = Access.SHARED if driver.channels() else Access.EXCLUSIVE
+        lease.access = request.access or default
+        lease.channels = host.claim(lease.access, request.channels)
+        lease.claimed = lease.access is Access.EXCLUSIVE or bool(lease.channels)
+        try:
+            self.keeper.admit(lease, self)
+        except BaseException:
+            host.unclaim(lease.access, lease.channels)
+            raise
+        # From here on the lease exists: if anything below fails, it ends like any other.
+        self._opened = True
+        lease.note("opened")
+        async with host.starting:
+            try:
+                bells = await self._grant()
+            except HoldfastError as error:
+                # Say why, then hang up: the client must not take this for a keeper that died.
+                self.connection.send(wire.Failed(seq=request.seq, error=to_fields(error)))
+                self.connection.close()
+                return
+            try:
+                self._send_opened(request.seq, bells)
+            finally:
+                _close_bells(bells)
+
+    async def _grant(self) -> Bells:
+        """Make the lease's channels ready: idle, with rings of their own and fresh doorbells."""
+        lease, host, driver = self.lease, self.host, self.host.driver
+        if not lease.claimed:
+            return []
+        await host.drive(COMMAND_DEADLINE, self._require_idle)
+        need = driver.control_bytes * max(1, len(lease.channels))
+        if need and lease.control is None:
+            await self.desk.take_slab(lease, need, control=True)
+        with ExitStack() as stack:
+            control = self._control_memory(stack)
+            lease.grant = await host.drive(
+                COMMAND_DEADLINE, lambda: driver.grant(lease.channels, control)
+            )
+        return await host.call(host.bells_for, lease.grant.bells)
+
+    def _require_idle(self) -> None:
+        driver, channels = self.host.driver, self.lease.channels
+        if type(driver).in_flight is Driver.in_flight:
+            return  # a function of which nothing is known: nothing to ask
+        if not driver.stop(channels) and driver.in_flight(channels):
+            raise Busy("the engine is not at rest", operation="open", target=str(self.host.target))
+
+    def _control_memory(self, stack: ExitStack) -> ControlMemory | None:
+        slab = self.lease.control
+        if slab is None:
+            return None
+        mapping = Mapping.extents(slab.memory.fd, slab.memory.extents)
+        stack.callback(mapping.close)
+        sizes = [size for _, size in slab.memory.extents]
+        return ControlMemory(mapping.array.data, SgList.of(zip(slab.iovas, sizes, strict=True)))
+
+    def _send_opened(self, seq: int, bells: Bells) -> None:
+        lease, host = self.lease, self.host
+        fds: list[int] = []
+        regions = []
+        for region in host.backend.regions:
+            place = None
+            mapped = host.backend.region_map(region.index) if lease.claimed else None
+            if mapped is not None:
+                place = len(fds)
+                fds.append(mapped.fd)
+            regions.append(
+                wire.RegionInfo(
+                    index=region.index,
+                    size=region.size,
+                    readable=region.readable,
+                    writable=region.writable,
+                    areas=[(area.offset, area.size) for area in region.areas],
+                    file_offset=region.file_offset,
+                    fd=place,
+                )
+            )
+        vectors = []
+        for vector in lease.grant.vectors:
+            level = host.irq_index is IrqIndex.INTX
+            vectors.append(wire.IrqVector(vector=vector, fd=len(fds), level=level))
+            fds.append(host.irq_fds[vector])
+        told = _describe_bells(bells, fds)
+        control = _describe_slab(lease.control, fds) if lease.control else None
+        self.connection.send(
+            wire.Opened(
+                seq=seq,
+                lease=int(lease.number),
+                access=lease.access,
+                channels=list(lease.channels),
+                regions=regions,
+                vectors=vectors,
+                bells=told,
+                control=control,
+                grant=dict(lease.grant.info),
+                quota=self.keeper.settings.quota,
+            ),
+            fds,
+        )
+
+    async def _regrant(self, request: wire.Regrant, _: list[int]) -> None:
+        while True:
+            await self._wait_usable()
+            async with self.host.starting:
+                if self.host.usable.is_set():
+                    return await self._regrant_now(request)
+
+    async def _wait_usable(self) -> None:
+        try:
+            async with asyncio.timeout(COMMAND_DEADLINE):
+                await self.host.usable.wait()
+        except TimeoutError:
+            raise Busy(
+                "bus mastering stays off: a dead lease is not quiet",
+                operation="start channels anew",
+                target=str(self.host.target),
+                hint="see holdfast ps",
+            ) from None
+
+    async def _regrant_now(self, request: wire.Regrant) -> None:
+        bells = await self._grant()
+        fds: list[int] = []
+        told = _describe_bells(bells, fds)
+        try:
+            self.connection.send(
+                wire.Regranted(seq=request.seq, bells=told, grant=dict(self.lease.grant.info)),
+                fds,
+            )
+        finally:
+            _close_bells(bells)
+
+    async def _close(self, request: wire.Close, _: list[int]) -> None:
+        # Once this is answered the client may use its pinned memory for something else.
+        await self.desk.unpin_all(self.lease)
+        self.closed_orderly = True
+        self.connection.send(wire.Done(seq=request.seq))
+
+    # -- memory ------------------------------------------------------------
+
+    async def _take_slab(self, request: wire.TakeSlab, _: list[int]) -> None:
+        slab = await self.desk.take_slab(self.lease, request.nbytes)
+        fds: list[int] = []
+        info = _describe_slab(slab, fds)
+        self.connection.send(wire.SlabTaken(seq=request.seq, info=info), fds)
+
+    async def _give_slab(self, request: wire.GiveSlab, _: list[int]) -> None:
+        driver, channels = self.host.driver, self.lease.channels
+        busy = 0
+        if self.lease.claimed:
+            busy = await self.host.drive(COMMAND_DEADLINE, lambda: driver.in_flight(channels))
+        if busy:
+            raise Busy(
+                "transfers of this lease are in flight",
+                operation="give slab back",
+                target=str(self.host.target),
+                hint="wait for them; the slab goes with the lease at the latest",
+            )
+        await self.desk.give_slab(self.lease, request.slab)
+        self.connection.send(wire.Done(seq=request.seq))
+
+    async def _pin(self, request: wire.Pin, fds: list[int]) -> None:
+        if fds:
+            self.desk.accept_own_memory(self.lease, fds.pop(0))
+        pin = await self.desk.pin(
+            self.lease, request.address, request.nbytes, writable=request.writable
+        )
+        self.connection.send(wire.Pinned(seq=request.seq, pin=pin.number, iova=int(pin.iova)))
+
+    async def _unpin(self, request: wire.Unpin, _: list[int]) -> None:
+        await self.desk.unpin(self.lease, request.pin)
+        self.connection.send(wire.Done(seq=request.seq))
+
+    # -- registers ------------------------------------------------------------
+
+    async def _region_read(self, request: wire.RegionRead, _: list[int]) -> None:
+        self._check_region(request.index, request.offset, request.count)
+        data = await self.host.call(
+            self.host.backend.region_read, request.index, request.offset, request.count
+        )
+        self.connection.send(wire.Data(seq=request.seq, data=data))
+
+    async def _region_write(self, request: wire.RegionWrite, _: list[int]) -> None:
+        self._check_region(request.index, request.offset, len(request.data))
+        if request.index == CONFIG_REGION:
+            self._check_config_write(request.offset, len(request.data))
+        await self.host.call(
+            self.host.backend.region_write, request.index, request.offset, request.data
+        )
+        self.connection.send(wire.Done(seq=request.seq))
+
+    def _check_config_write(self, offset: int, count: int) -> None:
+        """The header is the keeper's: a client that sets bus master undoes a dead lease's stop."""
+        target = f"{self.host.target} config"
+        if self.lease.access is not Access.EXCLUSIVE:
+            raise NotSupported("only an exclusive lease may write", operation="write",
+                               target=target)  # fmt: skip
+        if offset < pci_regs.STD_HEADER_SIZE and offset + count > pci_regs.COMMAND:
+            raise BadAccess(
+                f"{count} bytes at {offset:#x} touch the header, which belongs to the keeper",
+                operation="write",
+                target=target,
+                hint="command register and base addresses are set up when the function is opened",
+            )
+
+    async def _unmask(self, request: wire.Unmask, _: list[int]) -> None:
+        if self.host.irq_index is IrqIndex.INTX and self.lease.grant.vectors:
+            await self.host.call(self.host.backend.unmask_intx)
+        self.connection.send(wire.Done(seq=request.seq))
+
+    def _check_region(self, index: int, offset: int, count: int) -> None:
+        regions = self.host.backend.regions
+        if not self.lease.claimed:
+            raise NotSupported("a lease of memory only has no registers", operation="access")
+        if index >= len(regions) or offset + count > regions[index].size:
+            raise BadAccess(
+                f"{count} bytes at {offset:#x} of region {index}",
+                operation="access",
+                target=str(self.host.target),
+            )
+
+    async def _command(self, request: wire.Command, _: list[int]) -> None:
+        found = self.host.driver.commands().get(request.name)
+        if found is None:
+            raise NotSupported(
+                f"driver {self.host.driver.name} has no command {request.name!r}",
+                operation="command",
+                target=str(self.host.target),
+                hint=f"it has: {', '.join(sorted(self.host.driver.commands())) or 'none'}",
+            )
+        channels = self.lease.channels
+
+        def carry_out() -> object:
+            try:
+                return found(channels, **request.args)
+            except (TypeError, ValueError) as error:
+                raise UsageError(str(error), operation=f"command {request.name}") from error
+
+        value = await self.host.drive(COMMAND_DEADLINE, carry_out)
+        self.connection.send(wire.Result(seq=request.seq, value=value))
+
+    async def _reset(self, request: wire.Reset, _: list[int]) -> None:
+        host = self.host
+        if not self.lease.claimed:
+            raise NotSupported("a lease of memory only cannot reset", operation="reset")
+        async with host.starting:
+            if not host.usable.is_set():
+                # Setting the function up again would turn bus mastering on under a dead lease
+                # that is not proven quiet.
+                raise Busy(
+                    "a dead lease is being quieted", operation="reset", target=str(host.target)
+                )
+            await host.call(host.backend.reset)
+            try:
+                await host.drive(COMMAND_DEADLINE, lambda: host.reconnect(probe=True))
+            finally:
+                # Told after the fact: who starts its channels anew upon this must not lose them.
+                self.keeper.announce("reset", "another lease reset the function", but=self.lease)
+        self.connection.send(wire.Done(seq=request.seq))
+
+    async def _ps(self, request: wire.Ps, _: list[int]) -> None:
+        told = self.keeper.ps(request.after)
+        self.connection.send(wire.Result(seq=request.seq, value=told))
+
+
+def _describe_slab(slab: HeldSlab, fds: list[int]) -> wire.SlabInfo:
+    fds.append(slab.memory.fd)
+    return wire.SlabInfo(
+        slab=slab.number,
+        size=slab.size,
+        extents=list(slab.memory.extents),
+        iovas=[int(iova) for iova in slab.iovas],
+        fd=len(fds) - 1,
+    )
+
+
+def _describe_bells(bells: Bells, fds: list[int]) -> list[wire.BellInfo]:
+    told = []
+    for bar, bell in bells:
+        told.append(
+            wire.BellInfo(
+                region=bar,
+                offset=bell.info.offset,
+                size=bell.info.size,
+                value=bell.info.value,
+                fd=len(fds),
+            )
+        )
+        fds.append(bell.fd)
+    return told
+
+
+def _close_bells(bells: Sequence[tuple[int, Doorbell]]) -> None:
+    for _, bell in bells:
+        os.close(bell.fd)
