@@ -15,7 +15,6 @@ from typing import NewType, Self
 from holdfast.errors import BadTarget
 
 LeaseId = NewType("LeaseId", int)
-Pid = NewType("Pid", int)
 
 
 class Iova(int):

@@ -40,7 +40,7 @@ EVIDENCE: Mapping[Event, frozenset[Fact]] = {
     Event.UNREACHABLE: frozenset({Fact.STRICTLY_UNMAPPED, Fact.IOVAS_RETIRED}),
 }
 """What must have been seen before an event may lead towards release."""
-FAILURES = frozenset({Event.DEADLINE, Event.NOT_STOPPED, Event.RESET_FAILED, Event.NO_PROOF})
+FAILURES = frozenset({Event.DEADLINE, Event.NOT_STOPPED, Event.NO_PROOF})
 TOWARDS_RELEASE = frozenset({State.QUIET, State.UNMAPPED, State.RELEASED})
 LADDER = (
     State.FROZEN,

@@ -20,12 +20,7 @@ def ask(path: str) -> dict[str, Any]:
     client = LeaseClient(packets.connect(path, 5.0), Target("emu", "?"))
     try:
         client.greet()
-        told = client.ps()
-        while told["more"]:
-            page = client.ps(told["leases"][-1]["lease"])
-            told["leases"] += page["leases"]
-            told["more"] = page["more"]
-        return told
+        return client.ps_all()
     finally:
         client.close()
 

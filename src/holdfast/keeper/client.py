@@ -283,6 +283,15 @@ class LeaseClient:
             raise ProtocolError("ps did not answer with a dict", operation="ps")
         return value
 
+    def ps_all(self) -> dict[str, Any]:
+        """All leases, living and ended, in one answer."""
+        told = self.ps()
+        while told["more"]:
+            page = self.ps(told["leases"][-1]["lease"])
+            told["leases"] += page["leases"]
+            told["more"] = page["more"]
+        return told
+
     def close(self) -> None:
         """Say goodbye and hang up. Idempotent; never raises for a keeper that is gone."""
         if self._sock.fileno() < 0:

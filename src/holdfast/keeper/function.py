@@ -15,8 +15,10 @@ import subprocess
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+from holdfast import pci
 from holdfast.contracts import Doorbell, FunctionBackend
 from holdfast.dma.iova import IovaSpace
 from holdfast.dma.slab import Arena, OwnFiles, SlabSource
@@ -167,33 +169,31 @@ class FunctionHost:
         if backend.promises.reset:
             backend.reset()
         assign_bars(access)
-        set_bus_master(access.config(), on=True)
+        set_bus_master(backend, target, on=True)
         base, limit = iova_range(driver_class.dma_bits)
-        arena_iova = None
-        source: SlabSource
-        if arena_bytes:
-            arena = Arena(arena_bytes)
-            arena_iova = Iova(base)
-            backend.dma_map(arena_iova, arena_bytes, Perm.RW, arena.fd, 0)
-            base += arena_bytes
-            source = arena
-        else:
-            source = OwnFiles()
-        driver = driver_class(access)
-        driver.probe()
-        host = cls(
-            target=target,
-            backend=backend,
-            driver=driver,
-            space=IovaSpace(base, limit),
-            source=source,
-            arena_iova=arena_iova,
-            irq_index=None,
-            irq_fds=[],
-            free_channels=set(range(driver.channels())),
-            child=child,
-        )
-        host._wire_interrupts()
+        arena = Arena(arena_bytes) if arena_bytes else None
+        source: SlabSource = arena or OwnFiles()
+        try:
+            if arena is not None:
+                backend.dma_map(Iova(base), arena_bytes, Perm.RW, arena.fd, 0)
+            driver = driver_class(access)
+            driver.probe()
+            host = cls(
+                target=target,
+                backend=backend,
+                driver=driver,
+                space=IovaSpace(base + arena_bytes, limit),
+                source=source,
+                arena_iova=Iova(base) if arena_bytes else None,
+                irq_index=None,
+                irq_fds=[],
+                free_channels=set(range(driver.channels())),
+                child=child,
+            )
+            host._wire_interrupts()
+        except BaseException:
+            source.close()
+            raise
         return host
 
     def _wire_interrupts(self) -> None:
@@ -244,7 +244,7 @@ class FunctionHost:
         if not self.whole:
             raise self._busy("another lease has exclusive use of the function")
         if access is Access.EXCLUSIVE:
-            if len(self.free_channels) != every or self._shared_users:
+            if self._shared_users:
                 raise self._busy("other leases use the function or still drain")
             self.whole = False
             taken = tuple(sorted(self.free_channels))
@@ -312,14 +312,13 @@ class FunctionHost:
 
     def isolate(self) -> None:
         """Clear bus master and read it back: the flushing read. Blocking."""
-        set_bus_master(_Access(self.backend, str(self.target)).config(), on=False)
+        set_bus_master(self.backend, self.target, on=False)
 
     def reconnect(self, *, probe: bool) -> None:
         """Let the function be a bus master again, after its quiet was proven. Blocking."""
-        access = _Access(self.backend, str(self.target))
         if probe:
-            assign_bars(access)
-        set_bus_master(access.config(), on=True)
+            assign_bars(_Access(self.backend, str(self.target)))
+        set_bus_master(self.backend, self.target, on=True)
         if probe:
             self.driver.probe()
             if self.irq_index is not None:
@@ -363,22 +362,23 @@ def _settle(answer: asyncio.Future[Any], value: object, error: BaseException | N
         answer.set_result(value)
 
 
-def set_bus_master(config: RegisterView, *, on: bool) -> None:
+def set_bus_master(backend: FunctionBackend, target: Target, *, on: bool) -> None:
     """Set memory space and bus master on, or bus master off, and check that it took.
 
     Memory space stays on when bus master goes off: clients may have BARs mapped. The read back
     pushes posted writes out of the function (PCI Local Bus 3.0, section 3.2.5).
     """
-    word = config.load(pci_regs.COMMAND, 2)
-    bits = Command.MEMORY | Command.MASTER
-    wanted = word | bits if on else word & ~Command.MASTER
-    config.store(pci_regs.COMMAND, 2, wanted)
-    seen = config.load(pci_regs.COMMAND, 2)
+    seen = pci.set_command(
+        partial(backend.region_read, CONFIG_REGION),
+        partial(backend.region_write, CONFIG_REGION),
+        Command.MEMORY | Command.MASTER if on else Command.MASTER,
+        on,
+    )
     if bool(seen & Command.MASTER) != on:
         raise DeviceError(
             f"bus master did not turn {'on' if on else 'off'}: command reads {seen:#06x}",
             operation="set bus master",
-            target=config.target,
+            target=f"{target} config",
         )
 
 

@@ -56,7 +56,6 @@ class Event(enum.StrEnum):
     STOPPED = "stop acknowledged"
     NOT_STOPPED = "stop not acknowledged"
     RESET_DONE = "reset acknowledged and trusted"
-    RESET_FAILED = "reset refused, failed or not trusted"
     UNREACHABLE = "unmapped under a strict translation"
     NO_PROOF = "nothing proves quiet"
     GONE = "the function is gone"
