@@ -3,7 +3,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    IntType = click.ParamType[int]
+else:
+    IntType = click.ParamType  # not generic before click 8.3
 
 _UNITS = {"K": 10, "M": 20, "G": 30}
 
@@ -17,7 +24,7 @@ def parse_size(text: str) -> int:
     return number << shift
 
 
-class _Size(click.ParamType[int]):
+class _Size(IntType):
     name = "size"
 
     def convert(
