@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from holdfast import pci
-from holdfast.errors import BadAccess, Closed
+from holdfast.errors import BadAccess, Closed, HoldfastError
 from holdfast.kernel import events
 from holdfast.kernel.mapping import Mapping
 from holdfast.regs.spec import Register
@@ -75,6 +75,7 @@ class Bar:
         self._mapped = sorted(mapped, key=lambda pair: pair[0].offset)
         self._starts = [area.offset for area, _ in self._mapped]
         self._closed = False
+        self._why: HoldfastError | None = None
         self.registers = RegisterView(self.load, self._store, self.target)
 
     def load(self, offset: int, width: int = 4) -> int:
@@ -134,7 +135,9 @@ class Bar:
 
     def _check(self, offset: int, width: int, operation: str) -> None:
         if self._closed:
-            raise Closed("the device is closed", operation=operation, target=self.target)
+            raise self._why or Closed(
+                "the device is closed", operation=operation, target=self.target
+            )
         check_access(offset, width, self.size, target=self.target, operation=operation)
 
     def _find(self, offset: int, width: int) -> tuple[Area, Mapping] | None:
@@ -144,10 +147,17 @@ class Bar:
         area, mapping = self._mapped[place]
         return (area, mapping) if offset + width <= area.end else None
 
-    def close(self) -> None:
-        """Unmap. Views that still exist keep their part mapped. Idempotent."""
+    def close(self, *, forked: bool = False, why: HoldfastError | None = None) -> None:
+        """Unmap, so that nothing in this process can post through it any more. Idempotent.
+
+        Views that still exist read zeros from then on. In a forked child, where the windows never
+        were, only the references go. Later accesses raise ``why``, or Closed.
+        """
         self._closed = True
+        self._why = why
         for _, mapping in self._mapped:
+            if not forked:
+                mapping.revoke()
             mapping.close()
         self._mapped.clear()
         self._starts.clear()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from holdfast.dma.slab import SlabSource
 from holdfast.values import DoorbellInfo, Iova, IrqIndex, IrqInfo, Perm, Promises, Region
 
 
@@ -46,11 +47,48 @@ class RegionMap:
     region: Region
 
 
+@dataclass(frozen=True, slots=True)
+class DmaContext:
+    """The kernel's I/O address space, for a process that pins its own memory on it.
+
+    ``kind`` is "type1" (``fd`` is a VFIO container) or "iommufd" (``fd`` with address space
+    ``ioas``). The backend owns ``fd``; whoever it is passed to can map and unmap anything there.
+    """
+
+    kind: str
+    fd: int
+    ioas: int = 0
+
+
 class FunctionBackend(Protocol):
     """One PCI function."""
 
     @property
     def promises(self) -> Promises: ...
+
+    @property
+    def isolation(self) -> str:
+        """The unit that can only be isolated whole, such as an IOMMU group.
+
+        Backends of one process with the same name share one I/O address space.
+        """
+        ...
+
+    @property
+    def request_fd(self) -> int | None:
+        """An eventfd that becomes readable when the system wants the function back, or None.
+
+        The backend owns it.
+        """
+        ...
+
+    def dma_context(self) -> DmaContext | None:
+        """Where a client can pin its own memory in place, or None where it cannot."""
+        ...
+
+    def memory(self) -> SlabSource | None:
+        """Where there is no translation: memory whose bus addresses are known. Else None."""
+        ...
 
     @property
     def regions(self) -> Sequence[Region]:

@@ -25,7 +25,7 @@ from holdfast.bar import Bar, Bell, Config
 from holdfast.dma.buffer import Buffer, SlabView
 from holdfast.dma.pin import Pin, flat_bytes
 from holdfast.driver import ControlMemory, Driver, Engine
-from holdfast.errors import BadBuffer, Closed
+from holdfast.errors import BadBuffer, Closed, HoldfastError
 from holdfast.interrupt import Interrupt
 from holdfast.values import Access, Iova, Target
 
@@ -52,7 +52,9 @@ class LeasePort(Protocol):
 
     def give_slab(self, slab: SlabView) -> None: ...
 
-    def pin(self, data: npt.NDArray[np.uint8], *, writable: bool) -> tuple[int, int]: ...
+    def pin(self, data: npt.NDArray[np.uint8], *, writable: bool) -> tuple[int, int, str]:
+        """Number, IOVA, and how: see ``Pin.how``."""
+        ...
 
     def unpin(self, pin: int, *, later: object | None) -> None:
         """Take a pin away: now, or with the next request, keeping ``later`` alive until then."""
@@ -69,6 +71,14 @@ class LeasePort(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Watcher(Protocol):
+    """What looks whether the device must be let go of. See ``keeper/watch.py``."""
+
+    def close(self) -> None: ...
+
+    def orphan(self) -> None: ...
 
 
 class Device:
@@ -101,6 +111,8 @@ class Device:
         self._slabs: list[SlabView] = []
         self._lock = threading.RLock()
         self._closed = False
+        self._why: HoldfastError | None = None
+        self.watch: Watcher | None = None
         self.dma: Any = driver.engine(self) if driver.engine is not None else Engine(self)
 
     # -- memory ------------------------------------------------------------
@@ -164,12 +176,12 @@ class Device:
         """
         self._check("pin")
         data, writable = flat_bytes(obj, target=str(self.target))
-        number, iova = self.lease.pin(data, writable=writable)
+        number, iova, how = self.lease.pin(data, writable=writable)
 
         def undo(later: object | None) -> None:
             self.lease.unpin(number, later=later)
 
-        return Pin(obj, data, Iova(iova), writable, undo)
+        return Pin(obj, data, Iova(iova), writable, how, undo)
 
     # -- the function ------------------------------------------------------------
 
@@ -234,6 +246,8 @@ class Device:
             if self._closed:
                 return
             self._closed = True
+        if self.watch is not None:
+            self.watch.close()
         try:
             self.dma.close()
             for slab in self._slabs:
@@ -242,13 +256,21 @@ class Device:
             self._let_go()
             self.lease.close()
 
-    def _let_go(self) -> None:
+    def evict(self, why: HoldfastError) -> None:
+        """The system wants the function back, or the keeper is gone: let go of it now.
+
+        Like :meth:`close`, but what is used later raises ``why``. Called from any thread.
+        """
+        self._why = self._why or why
+        self.close()
+
+    def _let_go(self, *, forked: bool = False) -> None:
         """Unmap windows and close descriptors: after this nothing here can post."""
         for _, bell in self._bells:
             bell.close()
         self._bells.clear()
         for bar in [*self.bars.values(), self.config]:
-            bar.close()
+            bar.close(forked=forked, why=self._why)
         for irq in self.irqs.values():
             irq.close()
         for slab in self._slabs:
@@ -260,11 +282,15 @@ class Device:
         """In a forked child: close every descriptor, leave the keeper alone."""
         self._closed = True
         self._lock = threading.RLock()
-        self._let_go()
+        if self.watch is not None:
+            self.watch.orphan()
+        self._let_go(forked=True)
 
     def _check(self, operation: str) -> None:
         if self._closed:
-            raise Closed("the device is closed", operation=operation, target=str(self.target))
+            raise self._why or Closed(
+                "the device is closed", operation=operation, target=str(self.target)
+            )
 
     def __enter__(self) -> Self:
         return self

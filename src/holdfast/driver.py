@@ -126,7 +126,13 @@ class Driver:
     irq_index: ClassVar[IrqIndex] = IrqIndex.MSIX
     """The interrupt type the driver uses; falls back to MSI, then INTx."""
     stop_is_final: ClassVar[bool] = False
-    """True if nobody but the keeper can start the engine again after :meth:`stop`."""
+    """True if nobody but the keeper can start the engine again after :meth:`stop`.
+
+    It does not count for a lease that has one of ``engine_bars`` mapped: whoever still has the
+    window can.
+    """
+    engine_bars: tuple[int, ...] = tuple(range(6))
+    """The BARs through which the engine can be started."""
     reset_stops_dma: ClassVar[bool] = False
     """True if an acknowledged function reset is known to stop DMA."""
     control_bytes: ClassVar[int] = 0
@@ -141,7 +147,8 @@ class Driver:
     def probe(self) -> None:
         """Check that this is the function the driver is for, and bring it to a known idle state.
 
-        Raise :class:`~holdfast.errors.DeviceError` if it is not. Bus mastering is on.
+        Raise :class:`~holdfast.errors.DeviceError` if it is not. Bus mastering may be off: it is
+        turned on once the function was seen at rest.
         """
 
     def channels(self) -> int:

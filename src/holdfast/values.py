@@ -135,10 +135,14 @@ class Promises:
         After an unmap returned, no access through the unmapped IOVAs lands any more.
     reset
         The function has a reset. Whether it stops DMA is for the driver to declare.
+    assign_bars
+        Nobody has given the BARs addresses: whoever takes the function over must, as firmware
+        would. False for real hardware, where the system has.
     """
 
     strict_unmap: bool
     reset: bool
+    assign_bars: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +167,33 @@ class Bdf:
 
 
 SCHEMES = ("emu", "vfio-user", "qemu", "pci")
+PCI_BACKENDS = ("type1", "iommufd", "uio")
+"""What ``backend=`` of a ``pci:`` target may say."""
+
+
+def _check_options(options: dict[str, str], text: str) -> None:
+    """Raise BadTarget for options of a ``pci:`` target that mean nothing."""
+    for key, value in options.items():
+        good = {
+            "backend": value in PCI_BACKENDS,
+            "dma_bits": value.isdecimal() and 16 <= int(value) <= 64,
+        }.get(key)
+        if not good:
+            what = f"{key}={value!r} is out of place" if good is False else f"no option {key!r}"
+            raise BadTarget(
+                what,
+                operation="parse target",
+                target=text,
+                hint=f"backend={'|'.join(PCI_BACKENDS)}, dma_bits=16..64",
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parsed target: ``scheme:rest``. The grammar is the same in the CLI and in the API."""
+    """A parsed target: ``scheme:rest``. The grammar is the same in the CLI and in the API.
+
+    ``rest`` may end in options, ``?key=value&key=value``.
+    """
 
     scheme: str
     rest: str
@@ -182,8 +208,22 @@ class Target:
                 "the socket path must be absolute", operation="parse target", target=text
             )
         if scheme == "pci":
-            rest = str(Bdf.parse(rest))
+            address, mark, options = rest.partition("?")
+            rest = f"{Bdf.parse(address)}{mark}{options}"
+            _check_options(cls(scheme, rest).options, text)
         return cls(scheme, rest)
+
+    @property
+    def bdf(self) -> Bdf:
+        """The PCI address of a ``pci:`` target."""
+        return Bdf.parse(self.rest.partition("?")[0])
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What follows the ``?``. A key without ``=`` has an empty value."""
+        _, _, text = self.rest.partition("?")
+        pairs = (item.partition("=") for item in text.split("&") if item)
+        return {key: value for key, _, value in pairs}
 
     def __str__(self) -> str:
         return f"{self.scheme}:{self.rest}"

@@ -27,7 +27,7 @@ class Undo:
 
 def pinned(obj: npt.NDArray[np.uint8], undo: Undo) -> Pin:
     data, writable = flat_bytes(obj)
-    return Pin(obj, data, Iova(0x5000), writable, undo)
+    return Pin(obj, data, Iova(0x5000), writable, "relayed", undo)
 
 
 def test_any_contiguous_memory_is_flattened_without_a_copy() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.contracts import FunctionBackend
 from holdfast.errors import DeviceError
-from holdfast.keeper.function import set_bus_master
+from holdfast.keeper.access import set_bus_master
 from holdfast.uapi.pci_regs import COMMAND, Command
 from holdfast.values import CONFIG_REGION, Target
 

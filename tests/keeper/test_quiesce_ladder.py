@@ -20,6 +20,7 @@ from holdfast.dma.slab import Arena, OwnFiles
 from holdfast.driver import Driver, FunctionAccess
 from holdfast.errors import DeviceError, DeviceGone, RemoteError
 from holdfast.keeper import quiesce
+from holdfast.keeper.access import BackendAccess
 from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.journal import MemoryJournal
 from holdfast.keeper.lease import Lease
@@ -140,7 +141,7 @@ class Bench:
         self.arena = Arena(1 << 20) if arena else None
         self.host = FunctionHost(
             target=TARGET,
-            backend=cast(FunctionBackend, self.function),
+            access=BackendAccess(cast(FunctionBackend, self.function), str(TARGET)),
             driver=self.driver,
             space=IovaSpace(BASE, 1 << 40),
             source=self.arena or OwnFiles(),

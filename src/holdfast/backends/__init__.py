@@ -12,6 +12,7 @@ from holdfast.errors import BadTarget
 from holdfast.values import Target
 
 REGISTRY = {
+    "pci": "holdfast.backends.pci:open_target",
     "vfio-user": "holdfast.backends.vfio_user:open_target",
 }
 """Scheme to ``module:callable``; the callable takes a Target and returns a FunctionBackend.
@@ -41,6 +42,15 @@ def connect(target: Target) -> FunctionBackend:
     module, _, name = place.partition(":")
     opener = cast(_Opener, getattr(import_module(module), name))
     return opener(target)
+
+
+def siblings(target: Target) -> list[Target]:
+    """The other functions that whoever keeps ``target`` must keep, too (one IOMMU group)."""
+    if target.scheme != "pci":
+        return []
+    from holdfast.backends.pci import group_targets
+
+    return [other for other in group_targets(target) if other.bdf != target.bdf]
 
 
 def adopt(sock: socket.socket, target: str) -> FunctionBackend:

@@ -170,7 +170,19 @@ class VfioUserBackend:
     def promises(self) -> Promises:
         # A server must have stopped all use of a window before it answers the unmap
         # (vfio-user specification, DMA_UNMAP).
-        return Promises(strict_unmap=True, reset=self._found.reset)
+        return Promises(strict_unmap=True, reset=self._found.reset, assign_bars=True)
+
+    @property
+    def isolation(self) -> str:
+        return self._target
+
+    request_fd = None  # a server goes away without asking
+
+    def dma_context(self) -> None:
+        return None
+
+    def memory(self) -> None:
+        return None
 
     @property
     def regions(self) -> Sequence[Region]:

@@ -55,9 +55,13 @@ class Ledger:
                 operation="alloc",
                 target=f"lease {lease}",
             )
+        self.adopt(lease, nbytes)
+
+    def adopt(self, lease: LeaseId, nbytes: int) -> None:
+        """Put one piece that exists already on an account, whatever the quota says."""
+        account = self._accounts.setdefault(lease, _Account())
         account.nbytes += nbytes
         account.buffers += 1
-        self._accounts[lease] = account
 
     def discharge(self, lease: LeaseId, nbytes: int) -> None:
         """Take one piece off a lease's account. UsageError if it holds less."""

@@ -3,8 +3,11 @@
 
 ``how`` says what keeps it safe. *relayed*: the function's accesses arrive at the keeper as messages
 and are carried out through this process's own ``/proc/self/mem``; when the process is dead they
-fail, and nothing is written anywhere. The pin holds the Python object, so its memory cannot be
-freed or moved while the function may reach it.
+fail, and nothing is written anywhere. *in place*: the process itself asked the kernel to pin its
+pages on the I/O address space that the keeper also holds; these pins belong to open files, not to
+the process, and outlive it until the keeper unmaps (drivers/vfio/vfio_iommu_type1.c,
+drivers/iommu/iommufd/pages.c). The pin holds the Python object, so its memory cannot be freed or
+moved while the function may reach it.
 """
 
 from __future__ import annotations
@@ -51,14 +54,13 @@ class Pin:
     when the transfer is finished.
     """
 
-    how = "relayed"
-
     def __init__(
         self,
         obj: Any,
         data: npt.NDArray[np.uint8],
         iova: Iova,
         writable: bool,
+        how: str,
         undo: Callable[[object | None], None],
     ) -> None:
         self._obj = obj
@@ -67,6 +69,8 @@ class Pin:
         self.nbytes = data.nbytes
         self.writable = writable
         """False for read-only memory: then only card-bound transfers are possible."""
+        self.how = how
+        """"relayed" or "in place"."""
         self._undo: Callable[[object | None], None] | None = undo
         self._users = 0
         self._freed = False

@@ -26,11 +26,13 @@ FRAME: Final = 4096
 class SlabMemory:
     """Memory of one slab: ``(offset, size)`` extents of file ``fd``, in order, in bytes.
 
-    The source owns ``fd``. ``punched`` says that nobody's data is left in it.
+    The source owns ``fd``. ``addresses`` says where the function sees the extents, if they are at
+    fixed bus addresses and need no map. ``punched`` says that nobody's data is left in it.
     """
 
     fd: int
     extents: list[tuple[int, int]]
+    addresses: list[int] | None = None
     punched: bool = False
 
     @property
@@ -45,8 +47,20 @@ class SlabSource(Protocol):
     """
 
     @property
+    def granule(self) -> int:
+        """Sizes of slabs are multiples of this many bytes."""
+        ...
+
+    @property
     def held_bytes(self) -> int:
         """Bytes given out and not yet recycled."""
+        ...
+
+    def leftovers(self) -> list[SlabMemory]:
+        """Memory that a keeper which is dead had given out, and the function may still reach.
+
+        It counts as given out here. Empty where memory ends with its keeper.
+        """
         ...
 
     def take(self, size: int) -> SlabMemory:
@@ -122,6 +136,8 @@ class _Books:
 class OwnFiles:
     """A sealed memfd for every slab, never used for another one."""
 
+    granule = FRAME
+
     def __init__(self) -> None:
         self._books = _Books()
 
@@ -129,6 +145,9 @@ class OwnFiles:
     def held_bytes(self) -> int:
         with self._books.lock:
             return self._books.held_bytes
+
+    def leftovers(self) -> list[SlabMemory]:
+        return []  # a memfd ends with the last process that has it
 
     def take(self, size: int) -> SlabMemory:
         with self._books.lock:
@@ -159,6 +178,8 @@ class Arena:
     ``fd`` is mapped whole for the function; a frame at offset x is at the arena's IOVA plus x.
     """
 
+    granule = FRAME
+
     def __init__(self, size: int) -> None:
         if size < FRAME or size % FRAME:
             raise BadBuffer(f"{size} bytes are no whole frames of {FRAME}", operation="make arena")
@@ -177,6 +198,9 @@ class Arena:
         """Bytes that can still be given out."""
         with self._books.lock:
             return self._frames.free_bytes
+
+    def leftovers(self) -> list[SlabMemory]:
+        return []  # nor does an arena outlive its keeper
 
     def take(self, size: int) -> SlabMemory:
         with self._books.lock:

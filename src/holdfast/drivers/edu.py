@@ -134,9 +134,10 @@ class EduDriver(Driver):
     ids = ((regs.VENDOR, regs.DEVICE),)
     dma_bits = 28
     irq_index = IrqIndex.MSI
-    # Registers trap, and the keeper carries no register access of a frozen lease: once the engine
-    # is idle nobody can start it again.
+    # Where registers trap, the keeper carries no access of a frozen lease: once the engine is idle
+    # nobody can start it again.
     stop_is_final = True
+    engine_bars = (regs.BAR,)
     # QEMU's edu acknowledges a reset and lets its DMA timer run on.
     reset_stops_dma = False
     engine = EduEngine

@@ -66,6 +66,7 @@ class XdmaDriver(Driver):
     def __init__(self, fn: FunctionAccess) -> None:
         super().__init__(fn)
         self.bar_index = self._find_config_bar()
+        self.engine_bars = (self.bar_index,)
         self.bar = fn.bar(self.bar_index)
         self.user = fn.bar(regs.USER_BAR) if self._has_sources() else None
         self.pairs = 0

@@ -31,8 +31,8 @@ from holdfast.errors import (
     UsageError,
     from_fields,
 )
-from holdfast.kernel import events, packets, pidfd, procfs
-from holdfast.kernel.mapping import Mapping
+from holdfast.kernel import dma_pin, events, packets, pidfd, procfs
+from holdfast.kernel.mapping import PAGE, Mapping
 from holdfast.values import Access, Target
 from holdfast.wire import lease as wire
 
@@ -59,6 +59,8 @@ class LeaseClient:
         self.news = events.make()
         """Rung whenever the generation or the end changed: see ``interrupt.LeaseEnd``."""
         self._gone: HoldfastError | None = None
+        self.leave: HoldfastError | None = None
+        """Why the function must be let go of, once the keeper said so."""
         self._sent_memory = False
         self._later: deque[tuple[int, object]] = deque()
         self._owner = os.getpid()
@@ -144,6 +146,8 @@ class LeaseClient:
         return self._gone
 
     def _require_open(self) -> None:
+        if self._sock.fileno() < 0 and self.leave is not None:
+            raise self.leave
         if self._owner != os.getpid() or self._sock.fileno() < 0:
             raise Closed("the lease is closed", operation="talk to the keeper",
                          target=str(self.target))  # fmt: skip
@@ -183,6 +187,14 @@ class LeaseClient:
         if notice.what == "gone":
             self._gone = DeviceGone(notice.text, operation="lease", target=str(self.target))
             events.ring(self.news, 1)
+        elif notice.what == "leave":
+            self.leave = DeviceGone(
+                notice.text,
+                operation="lease",
+                target=str(self.target),
+                hint="open it again once it is back",
+            )
+            events.ring(self.news, 1)
         else:
             self._restarted()
 
@@ -215,18 +227,43 @@ class LeaseClient:
         self.request(wire.GiveSlab(slab=slab.number))
         slab.close()
 
-    def pin(self, data: npt.NDArray[np.uint8], *, writable: bool) -> tuple[int, int]:
-        """Make own memory reachable; returns the pin's number and IOVA."""
+    def pin(self, data: npt.NDArray[np.uint8], *, writable: bool) -> tuple[int, int, str]:
+        """Make own memory reachable; returns the pin's number, its IOVA, and how it is kept."""
+        address = data.ctypes.data
         fds = [] if self._sent_memory else [procfs.open_own_memory()]
         try:
-            reply, _ = self.request(
-                wire.Pin(address=data.ctypes.data, nbytes=data.nbytes, writable=writable), fds
+            reply, received = self.request(
+                wire.Pin(address=address, nbytes=data.nbytes, writable=writable), fds
             )
         finally:
             close_all(fds)
         self._sent_memory = True
+        if isinstance(reply, wire.PinHere):
+            return self._pin_in_place(reply, received, address, writable)
         pinned = expect(reply, wire.Pinned)
-        return pinned.pin, pinned.iova
+        return pinned.pin, pinned.iova, "relayed"
+
+    def _pin_in_place(
+        self, here: wire.PinHere, fds: list[int], address: int, writable: bool
+    ) -> tuple[int, int, str]:
+        """Ask the kernel to pin own pages where the keeper reserved room for them.
+
+        The keeper wrote the room down first, so it finds the pins if we die anywhere in here.
+        """
+        first = address % PAGE
+        try:
+            if len(fds) != 1:
+                raise ProtocolError("a pin needs one descriptor", operation="pin")
+            dma_pin.map_own(
+                here.kind, fds[0], here.ioas, address - first, here.size, here.iova, writable
+            )
+        except HoldfastError:
+            self.request(wire.Unpin(pin=here.pin))
+            raise
+        finally:
+            close_all(fds)
+        self.request(wire.PinDone(pin=here.pin))
+        return here.pin, here.iova + first, "in place"
 
     def unpin(self, pin: int, *, later: object | None) -> None:
         """Take a pin away: now, or (from a finalizer) with the next request."""

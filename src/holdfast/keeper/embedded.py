@@ -40,7 +40,7 @@ RUNTIME_VARIABLE = "HOLDFAST_RUNTIME_DIR"
 IDLE_VARIABLE = "HOLDFAST_IDLE"
 IDLE_DEFAULT = 2.0
 """Seconds without clients after which an embedded keeper ends."""
-START_TIMEOUT = 20.0
+START_TIMEOUT = 60.0
 MAX_READY_LINE = 65536
 
 
@@ -76,8 +76,11 @@ def runtime_dir() -> Path:
 
 
 def socket_path(target: Target) -> Path:
-    """Where the keeper of a target listens."""
-    text = str(target)
+    """Where the keeper of a target listens.
+
+    A real function has one keeper, whatever options it was started with.
+    """
+    text = str(target) if target.scheme != "pci" else f"pci:{target.bdf}"
     slug = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[:32]
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return runtime_dir() / f"{slug}-{digest}.sock"

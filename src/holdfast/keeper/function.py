@@ -12,23 +12,26 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from holdfast import pci
 from holdfast.contracts import Doorbell, FunctionBackend
 from holdfast.dma.iova import IovaSpace
 from holdfast.dma.slab import Arena, OwnFiles, SlabSource
 from holdfast.driver import Driver
 from holdfast.errors import Busy, DeviceError, NotSupported
+from holdfast.keeper.access import (
+    BackendAccess,
+    assign_bars,
+    interrupt_type,
+    set_bus_master,
+    set_memory_space,
+)
 from holdfast.kernel import events
-from holdfast.regs.view import RegisterView, check_access
-from holdfast.uapi import pci_regs
-from holdfast.uapi.pci_regs import Command
-from holdfast.values import CONFIG_REGION, Access, Iova, IrqIndex, Perm, Target
+from holdfast.values import Access, Iova, IrqIndex, Perm, Target
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,9 +39,14 @@ T = TypeVar("T")
 CALL_DEADLINE = 10.0
 """Seconds that an ordinary call to the function or its driver may take."""
 
+REST_DEADLINE = 10.0
+"""Seconds that a function which is taken over may take to finish what it was at."""
+REST_POLL = 0.002
+
 _HIGH_BASE = 1 << 32
 _LOW_BASE = 1 << 16
 _TOP_BITS = 47
+_MSI_WINDOW = 0xFEE0_0000
 
 
 class StaysStuck(DeviceError):
@@ -51,67 +59,18 @@ def iova_range(dma_bits: int) -> tuple[int, int]:
     """First and last+1 IOVA for a function with ``dma_bits`` address bits.
 
     Above 4 GiB where the function can reach it, so that an IOVA is never mistaken for a small
-    number and never meets the MSI window at 0xfee00000.
+    number; below the MSI window elsewhere, because writes there are interrupts (Intel SDM vol. 3,
+    11.11.1).
     """
     if dma_bits >= 40:
         return _HIGH_BASE, 1 << min(dma_bits, _TOP_BITS)
-    return _LOW_BASE, 1 << dma_bits
+    return _LOW_BASE, min(1 << dma_bits, _MSI_WINDOW)
 
 
-@dataclass(slots=True)
-class _Access:
-    """``driver.FunctionAccess`` over a backend."""
-
-    backend: FunctionBackend
-    name: str
-
-    def bar(self, index: int) -> RegisterView:
-        return self._view(index, f"{self.name} BAR{index}")
-
-    def config(self) -> RegisterView:
-        return self._view(CONFIG_REGION, f"{self.name} config")
-
-    def bar_size(self, index: int) -> int:
-        return self.backend.regions[index].size
-
-    def vector_count(self, preferred: IrqIndex) -> int:
-        found = interrupt_type(self.backend, preferred)
-        return self.backend.irqs[found].count if found is not None else 0
-
-    def _view(self, index: int, label: str) -> RegisterView:
-        size = self.backend.regions[index].size
-
-        def load(offset: int, width: int) -> int:
-            check_access(offset, width, size, target=label, operation="load")
-            return int.from_bytes(self.backend.region_read(index, offset, width), "little")
-
-        def store(offset: int, width: int, value: int) -> None:
-            check_access(offset, width, size, target=label, operation="store")
-            self.backend.region_write(index, offset, value.to_bytes(width, "little"))
-
-        def loads(accesses: Sequence[tuple[int, int]]) -> list[int]:
-            for offset, width in accesses:
-                check_access(offset, width, size, target=label, operation="load")
-            found = self.backend.region_read_multi([(index, *access) for access in accesses])
-            return [int.from_bytes(data, "little") for data in found]
-
-        def stores(accesses: Sequence[tuple[int, int, int]]) -> None:
-            for offset, width, _ in accesses:
-                check_access(offset, width, size, target=label, operation="store")
-            self.backend.region_write_multi(
-                [(index, at, value.to_bytes(width, "little")) for at, width, value in accesses]
-            )
-
-        return RegisterView(load, store, label, loads, stores)
-
-
-def interrupt_type(backend: FunctionBackend, preferred: IrqIndex) -> IrqIndex | None:
-    """The type of interrupts to use: what the driver prefers, else MSI, else INTx."""
-    for index in (preferred, IrqIndex.MSI, IrqIndex.INTX):
-        info = backend.irqs[index]
-        if info.count and info.eventfd:
-            return index
-    return None
+def dma_bits(target: Target, driver: type[Driver]) -> int:
+    """Address bits of a function's DMA: what its driver knows, or what the target says of it."""
+    said = target.options.get("dma_bits") if target.scheme == "pci" else None
+    return int(said) if said is not None else driver.dma_bits
 
 
 def _set_event() -> asyncio.Event:
@@ -125,7 +84,7 @@ class FunctionHost:
     """One function. Built by :meth:`start`; used by the keeper's loop only."""
 
     target: Target
-    backend: FunctionBackend
+    access: BackendAccess
     driver: Driver
     space: IovaSpace
     source: SlabSource
@@ -156,23 +115,26 @@ class FunctionHost:
         target: Target,
         backend: FunctionBackend,
         driver_class: type[Driver],
-        arena_bytes: int,
+        arena_bytes: int = 0,
         child: subprocess.Popen[bytes] | None = None,
+        space: IovaSpace | None = None,
     ) -> FunctionHost:
-        """Take the function over: reset, memory and bus master on, driver probed, vectors wired.
+        """Take the function over: reset, driver probed, vectors wired, bus master on.
 
         Blocking. With ``arena_bytes`` all memory comes from one file that is mapped whole, the
         stand-in for a machine without an IOMMU; otherwise every slab is a file and a map of its
-        own. On error everything taken is let go, the backend excepted.
+        own, or memory that the backend brings. ``space`` is shared with the other functions of an
+        isolation unit. On error everything taken is let go, the backend excepted.
+
+        Bus mastering stays off until the function was seen at rest, because it may still be at
+        work for a keeper that is dead; and, if that left memory behind, until the death protocol
+        has dealt with it.
         """
-        access = _Access(backend, str(target))
-        if backend.promises.reset:
-            backend.reset()
-        assign_bars(access)
-        set_bus_master(backend, target, on=True)
-        base, limit = iova_range(driver_class.dma_bits)
+        access = BackendAccess(backend, str(target))
+        _take_over(access, target)
+        base, limit = iova_range(dma_bits(target, driver_class))
         arena = Arena(arena_bytes) if arena_bytes else None
-        source: SlabSource = arena or OwnFiles()
+        source: SlabSource = arena or backend.memory() or OwnFiles()
         try:
             if arena is not None:
                 backend.dma_map(Iova(base), arena_bytes, Perm.RW, arena.fd, 0)
@@ -180,9 +142,9 @@ class FunctionHost:
             driver.probe()
             host = cls(
                 target=target,
-                backend=backend,
+                access=access,
                 driver=driver,
-                space=IovaSpace(base + arena_bytes, limit),
+                space=space or IovaSpace(base + arena_bytes, limit),
                 source=source,
                 arena_iova=Iova(base) if arena_bytes else None,
                 irq_index=None,
@@ -191,10 +153,52 @@ class FunctionHost:
                 child=child,
             )
             host._wire_interrupts()
+            if source.leftovers():
+                host.usable.clear()
+            else:
+                host.require_rest()
+                set_bus_master(backend, target, on=True)
         except BaseException:
             source.close()
             raise
         return host
+
+    @property
+    def backend(self) -> FunctionBackend:
+        """The way to the function; another one after :meth:`replace_backend`."""
+        return self.access.backend
+
+    def replace_backend(self, backend: FunctionBackend) -> None:
+        """Go on with the function through another backend, after the former was closed. Blocking.
+
+        Only without leases: every mapping went with the former backend.
+        """
+        self.access.backend = backend
+        _take_over(self.access, self.target)
+        self.driver.probe()
+        if self.irq_index is not None:
+            backend.set_irqs(self.irq_index, 0, self.irq_fds)
+        self.require_rest()
+        set_bus_master(backend, self.target, on=True)
+
+    def require_rest(self) -> None:
+        """Wait until nothing is in flight on any channel; Busy if that cannot be seen. Blocking.
+
+        A function without a driver passes: nothing is known of it, and nothing will be.
+        """
+        if type(self.driver).in_flight is Driver.in_flight:
+            return
+        every = tuple(range(self.driver.channels()))
+        deadline = time.monotonic() + REST_DEADLINE
+        while not self.driver.stop(every) and self.driver.in_flight(every):
+            if time.monotonic() > deadline:
+                raise Busy(
+                    f"the function is still at work after {REST_DEADLINE:g} s",
+                    operation="take over",
+                    target=str(self.target),
+                    hint="nothing proves it quiet: reset it, or power it off and on",
+                )
+            time.sleep(REST_POLL)
 
     def _wire_interrupts(self) -> None:
         index = interrupt_type(self.backend, self.driver.irq_index)
@@ -317,7 +321,9 @@ class FunctionHost:
     def reconnect(self, *, probe: bool) -> None:
         """Let the function be a bus master again, after its quiet was proven. Blocking."""
         if probe:
-            assign_bars(_Access(self.backend, str(self.target)))
+            set_memory_space(self.backend)
+            if self.backend.promises.assign_bars:
+                assign_bars(self.access)
         set_bus_master(self.backend, self.target, on=True)
         if probe:
             self.driver.probe()
@@ -362,43 +368,15 @@ def _settle(answer: asyncio.Future[Any], value: object, error: BaseException | N
         answer.set_result(value)
 
 
-def set_bus_master(backend: FunctionBackend, target: Target, *, on: bool) -> None:
-    """Set memory space and bus master on, or bus master off, and check that it took.
-
-    Memory space stays on when bus master goes off: clients may have BARs mapped. The read back
-    pushes posted writes out of the function (PCI Local Bus 3.0, section 3.2.5).
-    """
-    seen = pci.set_command(
-        partial(backend.region_read, CONFIG_REGION),
-        partial(backend.region_write, CONFIG_REGION),
-        Command.MEMORY | Command.MASTER if on else Command.MASTER,
-        on,
-    )
-    if bool(seen & Command.MASTER) != on:
-        raise DeviceError(
-            f"bus master did not turn {'on' if on else 'off'}: command reads {seen:#06x}",
-            operation="set bus master",
-            target=f"{target} config",
-        )
-
-
-def assign_bars(access: _Access) -> None:
-    """Give every memory BAR an address, as firmware would.
-
-    Servers that behave like real hardware decode a BAR only once it has an address. Any
-    size-aligned, non-overlapping addresses do: nothing else shares this function's bus.
-    """
-    config = access.config()
-    address = 0xC000_0000
-    for index in range(6):
-        size = access.bar_size(index)
-        if not size:
-            continue
-        kind = config.load(pci_regs.BASE_ADDRESS_0 + 4 * index, 4)
-        if kind & pci_regs.BASE_ADDRESS_SPACE_IO:
-            continue
-        address = (address + size - 1) & ~(size - 1)
-        config.store(pci_regs.BASE_ADDRESS_0 + 4 * index, 4, address & 0xFFFF_FFFF)
-        if kind & pci_regs.BASE_ADDRESS_MEM_TYPE_64:
-            config.store(pci_regs.BASE_ADDRESS_0 + 4 * index + 4, 4, address >> 32)
-        address += size
+def _take_over(access: BackendAccess, target: Target) -> None:
+    """Bus master off, reset if there is one, registers reachable. Blocking."""
+    backend = access.backend
+    set_bus_master(backend, target, on=False)
+    if backend.promises.reset:
+        backend.reset()
+        # Some resets bring the command register back as it was (drivers/pci/pci.c,
+        # pci_dev_save_and_disable and pci_dev_restore).
+        set_bus_master(backend, target, on=False)
+    if backend.promises.assign_bars:
+        assign_bars(access)
+    set_memory_space(backend)

@@ -28,7 +28,7 @@ class Step:
 
 @dataclass(slots=True)
 class HeldSlab:
-    """A slab of this lease. ``entry`` is None for arena memory, which has no map of its own."""
+    """A slab of this lease. ``entry`` is None for memory that has no map of its own."""
 
     number: int
     memory: SlabMemory
@@ -39,12 +39,17 @@ class HeldSlab:
 
 @dataclass(slots=True)
 class HeldPin:
-    """Relayed client memory: an IOVA range that the function reaches by message."""
+    """Client memory that the function reaches at ``iova``.
+
+    Relayed, the function's accesses come to the keeper as messages. In place, the client's pages
+    are pinned in the I/O address space, and stay so after its death.
+    """
 
     number: int
     iova: Iova
     size: int
     entry: Entry
+    in_place: bool = False
 
 
 @dataclass(slots=True)
@@ -63,6 +68,9 @@ class Lease:
     pins: dict[int, HeldPin] = field(default_factory=dict)
     own_memory: int | None = None
     """The client's /proc/self/mem, once it sent it."""
+    maps_registers: bool = False
+    """It was given the engine's BAR to map: a window that can outlive it in a child or a passed
+    descriptor."""
     log: list[Step] = field(default_factory=list)
     in_flight_at_death: int = 0
     completed_after_death: bool = False

@@ -13,6 +13,7 @@ import itertools
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 from holdfast.dma.ledger import Ledger
 from holdfast.errors import (
@@ -30,6 +31,8 @@ from holdfast.kernel import procfs
 from holdfast.values import Iova, Perm
 
 PAGE = 4096
+MAP_DEADLINE = 120.0
+"""Seconds that a map may take: the kernel clears and pins every page of it."""
 PIN_LIMIT = 1 << 40
 """Largest range of its own memory that a client may pin at once, in bytes."""
 
@@ -77,7 +80,8 @@ class MemoryDesk:
         """
         if nbytes <= 0:
             raise BadBuffer(f"{nbytes} bytes", operation="alloc", target=str(self.host.target))
-        size = -(-nbytes // PAGE) * PAGE
+        granule = self.host.source.granule
+        size = -(-nbytes // granule) * granule
         async with lease.memory_lock:
             self._still_alive(lease, "alloc")
             self.ledger.charge(lease.number, size)
@@ -99,17 +103,22 @@ class MemoryDesk:
             memory = host.source.take(size)
             base = host.arena_iova
             return HeldSlab(number, memory, size, [base + offset for offset, _ in memory.extents])
-        iova = host.space.take(size)
-        entry = self.journal.reserve(lease.number, iova, size)
+        memory = await host.call(host.source.take, size)
+        if memory.addresses is not None:
+            return HeldSlab(number, memory, size, [Iova(at) for at in memory.addresses])
         try:
-            memory = host.source.take(size)
-            try:
-                await host.call(host.backend.dma_map, iova, size, Perm.RW, memory.fd, 0)
-            except BaseException:
-                host.source.recycle(memory)
-                raise
+            iova = host.space.take(size)
         except BaseException:
+            host.source.recycle(memory)
+            raise
+        entry = self.journal.reserve(lease.number, iova, size)
+        map_it = partial(host.backend.dma_map, iova, size, Perm.RW, memory.fd, 0)
+        try:
+            await host.call_within(MAP_DEADLINE, map_it)
+        except BaseException:
+            # In this order: if it cannot be undone, the memory stays out of use.
             await self._undo(entry)
+            host.source.recycle(memory)
             raise
         return HeldSlab(number, memory, size, [iova], self.journal.confirm(entry))
 
@@ -124,44 +133,71 @@ class MemoryDesk:
             del lease.slabs[number]
             await self._recycle(lease, [slab])
 
-    # -- relayed pins ------------------------------------------------------------
+    # -- pins ------------------------------------------------------------
 
     async def pin(self, lease: Lease, address: int, nbytes: int, *, writable: bool) -> HeldPin:
-        """Let the function reach the client's own memory by message."""
-        target = str(self.host.target)
-        if not 0 < nbytes <= PIN_LIMIT or address + nbytes > 1 << 47:
-            raise BadBuffer(f"{nbytes} bytes at {address:#x}", operation="pin", target=target)
+        """Let the function reach the client's own memory by message (relayed)."""
+        self._check_range(address, nbytes)
         if lease.own_memory is None:
             raise BadBuffer(
                 "the client sent no /proc/self/mem with its first pin",
                 operation="pin",
-                target=target,
+                target=str(self.host.target),
             )
-        # Keep the offset within the page, so that alignment means the same on both sides.
-        first = address % PAGE
-        span = -(-(first + nbytes) // PAGE) * PAGE
+        perm = Perm.RW if writable else Perm.READ
+        memory = ProcessMemory(lease.own_memory, address)
         async with lease.memory_lock:
-            self._still_alive(lease, "pin")
-            self.ledger.charge(lease.number, nbytes)
-            try:
-                iova = self.host.space.take(span)
-            except BaseException:
-                self.ledger.discharge(lease.number, nbytes)
-                raise
-            entry = self.journal.reserve(lease.number, iova + first, nbytes)
-            perm = Perm.RW if writable else Perm.READ
-            memory = ProcessMemory(lease.own_memory, address)
+            entry = self._reserve(lease, address, nbytes)
             try:
                 await self.host.call(
-                    self.host.backend.dma_map_memory, iova + first, nbytes, perm, memory
+                    self.host.backend.dma_map_memory, entry.iova, nbytes, perm, memory
                 )
             except BaseException:
                 await self._undo(entry)
                 self.ledger.discharge(lease.number, nbytes)
                 raise
-            pin = HeldPin(next(self.numbers), iova + first, nbytes, self.journal.confirm(entry))
+            pin = HeldPin(next(self.numbers), entry.iova, nbytes, self.journal.confirm(entry))
             lease.pins[pin.number] = pin
             return pin
+
+    async def reserve_pin(self, lease: Lease, address: int, nbytes: int) -> HeldPin:
+        """Room for pages that the client is about to pin itself; from here on a death undoes it.
+
+        The whole pages around the range: an I/O page table knows nothing smaller.
+        """
+        self._check_range(address, nbytes)
+        first = address % PAGE
+        async with lease.memory_lock:
+            entry = self._reserve(lease, address - first, -(-(first + nbytes) // PAGE) * PAGE)
+            pin = HeldPin(next(self.numbers), entry.iova, entry.size, entry, in_place=True)
+            lease.pins[pin.number] = pin
+            return pin
+
+    def confirm_pin(self, lease: Lease, number: int) -> None:
+        """The client's pages are pinned: from here on an unmap must find them."""
+        pin = lease.pins.get(number)
+        if pin is None or not pin.in_place:
+            raise UsageError(f"no pin {number} was reserved", operation="pin")
+        pin.entry = self.journal.confirm(pin.entry)
+
+    def _check_range(self, address: int, nbytes: int) -> None:
+        if not 0 < nbytes <= PIN_LIMIT or address + nbytes > 1 << 47:
+            raise BadBuffer(
+                f"{nbytes} bytes at {address:#x}", operation="pin", target=str(self.host.target)
+            )
+
+    def _reserve(self, lease: Lease, address: int, nbytes: int) -> Entry:
+        """Charge, take an IOVA and write the intention down. Under the lease's memory lock."""
+        self._still_alive(lease, "pin")
+        # Keep the offset within the page, so that alignment means the same on both sides.
+        first = address % PAGE
+        self.ledger.charge(lease.number, nbytes)
+        try:
+            iova = self.host.space.take(-(-(first + nbytes) // PAGE) * PAGE)
+        except BaseException:
+            self.ledger.discharge(lease.number, nbytes)
+            raise
+        return self.journal.reserve(lease.number, iova + first, nbytes)
 
     async def unpin(self, lease: Lease, number: int) -> None:
         """Take a pin away; when this returns the function cannot reach the memory any more."""
@@ -174,13 +210,20 @@ class MemoryDesk:
             del lease.pins[number]
             self.ledger.discharge(lease.number, pin.size)
 
-    async def unpin_all(self, lease: Lease) -> None:
+    async def unpin_relayed(self, lease: Lease) -> None:
         """Take every relayed pin of an ended lease away, before anything else.
 
         Its process may live on and use that memory for something else; if it is dead, the memory
-        is gone. Either way there is nothing to drain into. Raises if a pin could not be unmapped:
-        its entry stays in the journal, and :meth:`unmap_all` tries again.
+        is gone. Either way there is nothing to drain into. Pages pinned in place are still there,
+        and stay until the function is quiet. Raises if a pin could not be unmapped: its entry stays
+        in the journal, and :meth:`unmap_all` tries again.
         """
+        for pin in list(lease.pins.values()):
+            if not pin.in_place:
+                await self.unpin(lease, pin.number)
+
+    async def unpin_all(self, lease: Lease) -> None:
+        """Take every pin of a lease away whose client says goodbye."""
         for number in list(lease.pins):
             await self.unpin(lease, number)
 
@@ -194,6 +237,14 @@ class MemoryDesk:
                 )
             return
         lease.own_memory = fd
+
+    def adopt_leftovers(self, lease: Lease) -> None:
+        """Put memory of a keeper that is dead on a lease's account, as if it were that lease's."""
+        for memory in self.host.source.leftovers():
+            iovas = [Iova(at) for at in memory.addresses or ()]
+            slab = HeldSlab(next(self.numbers), memory, memory.size, iovas)
+            self.ledger.adopt(lease.number, slab.size)
+            lease.slabs[slab.number] = slab
 
     # -- the end of a lease ------------------------------------------------------------
 
@@ -211,7 +262,9 @@ class MemoryDesk:
             if isinstance(outcome, HoldfastError):
                 problem = problem or outcome  # the others are gone all the same, and recorded so
             else:
-                complete &= self._close(entry, outcome, retire=retire)
+                # Nothing was there, but a client that lives may still do what was reserved for it.
+                late = not entry.confirmed and not outcome and not lease.process_dead
+                complete &= self._close(entry, outcome, retire=retire or late)
         if problem is not None:
             raise problem
         return complete

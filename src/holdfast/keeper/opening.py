@@ -19,6 +19,7 @@ from holdfast.errors import Busy, KeeperGone, KeeperUnreachable, ProtocolError, 
 from holdfast.interrupt import Interrupt
 from holdfast.keeper import embedded
 from holdfast.keeper.client import LeaseClient, close_all, expect, sg_of, take_bells
+from holdfast.keeper.watch import Watch
 from holdfast.kernel.mapping import Mapping
 from holdfast.uapi import pci_regs
 from holdfast.values import CONFIG_REGION, Access, Area, Region, Target
@@ -39,7 +40,7 @@ def connect(target: Target, timeout: float | None = None) -> LeaseClient:
         client = LeaseClient(embedded.connect(target, timeout), target)
         _clients.add(client)
         try:
-            client.greet()
+            _require_options(client.greet(), target)
         except (KeeperGone, KeeperUnreachable):
             # It was just ending. Nothing has been asked of it yet, so try its successor.
             client.close()
@@ -51,6 +52,20 @@ def connect(target: Target, timeout: float | None = None) -> LeaseClient:
             raise
         else:
             return client
+
+
+def _require_options(welcome: wire.Welcome, target: Target) -> None:
+    """A keeper that runs already was started with options; ours must not say otherwise."""
+    if target.scheme != "pci":
+        return
+    kept = Target.parse(welcome.target)
+    if any(kept.options.get(key) != value for key, value in target.options.items()):
+        raise Busy(
+            f"it is kept as {kept}",
+            operation="open",
+            target=str(target),
+            hint="open it so, or stop that keeper",
+        )
 
 
 def open(  # noqa: A001
@@ -148,7 +163,7 @@ def _build(
         driver = find(
             target, config.load(pci_regs.VENDOR_ID, 2), config.load(pci_regs.DEVICE_ID, 2)
         )
-    return Device(
+    device = Device(
         target,
         client,
         driver=driver,
@@ -158,6 +173,9 @@ def _build(
         bells=bells,
         control=control,
     )
+    if opened.watch:
+        device.watch = Watch(device, client)
+    return device
 
 
 def _region(info: wire.RegionInfo) -> Region:

@@ -97,7 +97,7 @@ class Quiesce:
     async def _frozen(self) -> tuple[Event, str]:
         """Nothing more is posted for this lease; look what it had in flight."""
         try:
-            await self.desk.unpin_all(self.lease)
+            await self.desk.unpin_relayed(self.lease)
             self.lease.in_flight_at_death = await self._in_flight()
         except HoldfastError as error:
             return FIRST_MEASURE[self.lease.machine.policy], f"in flight unknown: {error.what}"
@@ -242,7 +242,7 @@ class Quiesce:
             return True
         if not await self._drive(lambda: driver.stop(channels)):
             return False
-        if driver.stop_is_final:
+        if driver.stop_is_final and not self.lease.maps_registers:
             self.lease.machine.observe(Fact.CANNOT_POST)
         return True
 

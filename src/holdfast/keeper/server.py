@@ -22,6 +22,7 @@ from typing import Any
 
 from holdfast.dma.ledger import Ledger
 from holdfast.errors import (
+    DeviceGone,
     HoldfastError,
     KeeperUnreachable,
     ProtocolError,
@@ -37,12 +38,15 @@ from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.quiesce import Deadlines, Quiesce
 from holdfast.keeper.session import Session
 from holdfast.keeper.state import Machine, State
+from holdfast.keeper.unit import Unit
 from holdfast.kernel import pidfd
-from holdfast.values import LeaseId, Policy
+from holdfast.values import Access, LeaseId, Policy
 from holdfast.wire import lease as wire
 
 HISTORY = 4096
 """How many ended leases ``ps`` can still tell about."""
+LEAVE_GRACE = 5.0
+"""Seconds that clients have to let go of a function that the system wants back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,11 @@ class Settings:
 class Keeper:
     """Serves one function. Construct and :meth:`serve` inside a running loop."""
 
-    def __init__(self, host: FunctionHost, settings: Settings) -> None:
+    def __init__(self, host: FunctionHost, settings: Settings, unit: Unit | None = None) -> None:
         self.host = host
         self.settings = settings
+        self.unit = unit or Unit()
+        self.unit.keepers.append(self)
         self.journal = MemoryJournal()
         self.desk = MemoryDesk(host, self.journal, Ledger(settings.quota, settings.buffers))
         self.leases: dict[LeaseId, Lease] = {}
@@ -74,8 +80,61 @@ class Keeper:
         self._numbers = itertools.count(1)
         self._stop = asyncio.Event()
         self._quiet_since = time.monotonic()
-        host.backend.on_gone = self._function_gone
         self._loop = asyncio.get_running_loop()
+        self._request_fd: int | None = None
+        self._leaving = False
+        self._one_less = asyncio.Event()
+        self.watch()
+        self._take_in_leftovers()
+
+    # -- the function ------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Notice when the function goes away, or is wanted back by the system."""
+        self.host.backend.on_gone = self._function_gone
+        self._request_fd = self.host.backend.request_fd
+        if self._request_fd is not None:
+            self._loop.add_reader(self._request_fd, self._requested)
+
+    def unwatch(self) -> None:
+        """Before the backend is closed."""
+        if self._request_fd is not None:
+            self._loop.remove_reader(self._request_fd)
+            self._request_fd = None
+
+    def _requested(self) -> None:
+        """An unbind or a hot-removal waits for us (vfio_main.c ``vfio_unregister_group_dev``)."""
+        self.unwatch()
+        self._leaving = True
+        for session in list(self.sessions.values()):
+            session.notify("leave", "the system wants the function back")
+        self.host.keep(self._leave())
+
+    async def _leave(self) -> None:
+        """Let clients close, then end: who does not is treated as dead."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_GRACE):
+                while self.leases:
+                    self._one_less.clear()
+                    await self._one_less.wait()
+        self.stop()
+
+    def _take_in_leftovers(self) -> None:
+        """Memory that a dead keeper left behind is a lease whose process is dead."""
+        if self.host.usable.is_set():
+            return
+        peer = pidfd.Peer(pid=0, uid=os.getuid(), gid=os.getgid(), pidfd=pidfd.open_self())
+        lease = Lease(LeaseId(next(self._numbers)), peer, Machine(Policy.DRAIN), claimed=True)
+        lease.access = Access.EXCLUSIVE
+        lease.channels = self.host.claim(Access.EXCLUSIVE, None)
+        self.desk.adopt_leftovers(lease)
+        lease.note(f"{lease.nbytes} bytes were left behind by a keeper that is dead")
+        self.leases[lease.number] = lease
+        self.host.isolated.add(lease.number)
+        # Its clients never had registers mapped, and the keeper that carried their accesses is
+        # gone: where memory outlives a keeper, registers trap.
+        lease.signal(hung_up=True, process_dead=True)
+        self._end(lease, "left behind")
 
     # -- life ------------------------------------------------------------
 
@@ -89,8 +148,8 @@ class Keeper:
                     async with asyncio.timeout(self._patience()):
                         await self._stop.wait()
                 except TimeoutError:
-                    if self._idle_for() >= (self.settings.idle or 0):
-                        break
+                    if self.unit.idle(self.settings.idle or 0):
+                        self.unit.stop()
         finally:
             accepting.cancel()
             # While it listens nobody else can have taken its name; a moment later a successor may.
@@ -106,9 +165,10 @@ class Keeper:
     def _patience(self) -> float | None:
         if self.settings.idle is None:
             return None
-        return max(0.01, self.settings.idle - self._idle_for())
+        return max(0.01, self.settings.idle - self.idle_for())
 
-    def _idle_for(self) -> float:
+    def idle_for(self) -> float:
+        """Seconds without a client or a lease that dies."""
         if self._connections or self._deaths:
             self._quiet_since = time.monotonic()
         return time.monotonic() - self._quiet_since
@@ -130,6 +190,7 @@ class Keeper:
             await asyncio.wait(self._deaths.values(), timeout=bound)
         for task in [*self._deaths.values(), *self.host.tasks]:
             task.cancel()
+        self.unwatch()
         await asyncio.get_running_loop().run_in_executor(None, self.host.close)
 
     def _function_gone(self) -> None:
@@ -217,6 +278,13 @@ class Keeper:
                 operation="greet",
                 target=target,
             )
+        if self._leaving:
+            return DeviceGone(
+                "the system wants the function back",
+                operation="greet",
+                target=target,
+                hint="open it again once it is bound to its VFIO driver anew",
+            )
         if self._stop.is_set():
             return KeeperUnreachable(
                 "the keeper is ending",
@@ -227,6 +295,10 @@ class Keeper:
         return None
 
     # -- leases ------------------------------------------------------------
+
+    async def hand_over(self, lease: Lease) -> None:
+        """See to it that nobody of another user can still reach what a lease gets mapped."""
+        await self.unit.hand_over(self, lease)
 
     def admit(self, lease: Lease, session: Session) -> None:
         """A lease begins: from now on its death is watched."""
@@ -282,6 +354,7 @@ class Keeper:
         self.history.append(lease.describe())
         self._deaths.pop(lease.number, None)
         self.leases.pop(lease.number, None)
+        self._one_less.set()
         self._loop.remove_reader(lease.peer.pidfd)
         os.close(lease.peer.pidfd)
 

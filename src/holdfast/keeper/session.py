@@ -9,12 +9,14 @@ the keeper, which hangs up. Descriptors that came with a message are closed unle
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from holdfast.contracts import Doorbell
+import msgspec
+
 from holdfast.dma.sg import SgList
 from holdfast.driver import ControlMemory, Driver
 from holdfast.errors import (
@@ -28,7 +30,14 @@ from holdfast.errors import (
     to_fields,
 )
 from holdfast.keeper.connection import Connection
-from holdfast.keeper.lease import HeldSlab, Lease
+from holdfast.keeper.describe import (
+    Bells,
+    close_bells,
+    describe_bells,
+    describe_lease,
+    describe_slab,
+)
+from holdfast.keeper.lease import Lease
 from holdfast.kernel.mapping import Mapping
 from holdfast.uapi import pci_regs
 from holdfast.values import CONFIG_REGION, Access, IrqIndex
@@ -39,8 +48,6 @@ if TYPE_CHECKING:
 
 COMMAND_DEADLINE = 5.0
 """Seconds that a driver command may take."""
-
-Bells = list[tuple[int, Doorbell]]
 
 
 class Session:
@@ -59,6 +66,7 @@ class Session:
             wire.TakeSlab: self._take_slab,
             wire.GiveSlab: self._give_slab,
             wire.Pin: self._pin,
+            wire.PinDone: self._pin_done,
             wire.Unpin: self._unpin,
             wire.RegionRead: self._region_read,
             wire.RegionWrite: self._region_write,
@@ -133,6 +141,7 @@ class Session:
         lease.note("opened")
         async with host.starting:
             try:
+                await self.keeper.hand_over(lease)
                 bells = await self._grant()
             except HoldfastError as error:
                 # Say why, then hang up: the client must not take this for a keeper that died.
@@ -142,7 +151,7 @@ class Session:
             try:
                 self._send_opened(request.seq, bells)
             finally:
-                _close_bells(bells)
+                close_bells(bells)
 
     async def _grant(self) -> Bells:
         """Make the lease's channels ready: idle, with rings of their own and fresh doorbells."""
@@ -177,48 +186,10 @@ class Session:
         return ControlMemory(mapping.array.data, SgList.of(zip(slab.iovas, sizes, strict=True)))
 
     def _send_opened(self, seq: int, bells: Bells) -> None:
-        lease, host = self.lease, self.host
         fds: list[int] = []
-        regions = []
-        for region in host.backend.regions:
-            place = None
-            mapped = host.backend.region_map(region.index) if lease.claimed else None
-            if mapped is not None:
-                place = len(fds)
-                fds.append(mapped.fd)
-            regions.append(
-                wire.RegionInfo(
-                    index=region.index,
-                    size=region.size,
-                    readable=region.readable,
-                    writable=region.writable,
-                    areas=[(area.offset, area.size) for area in region.areas],
-                    file_offset=region.file_offset,
-                    fd=place,
-                )
-            )
-        vectors = []
-        for vector in lease.grant.vectors:
-            level = host.irq_index is IrqIndex.INTX
-            vectors.append(wire.IrqVector(vector=vector, fd=len(fds), level=level))
-            fds.append(host.irq_fds[vector])
-        told = _describe_bells(bells, fds)
-        control = _describe_slab(lease.control, fds) if lease.control else None
-        self.connection.send(
-            wire.Opened(
-                seq=seq,
-                lease=int(lease.number),
-                access=lease.access,
-                channels=list(lease.channels),
-                regions=regions,
-                vectors=vectors,
-                bells=told,
-                control=control,
-                grant=dict(lease.grant.info),
-                quota=self.keeper.settings.quota,
-            ),
-            fds,
-        )
+        opened = describe_lease(self.lease, self.host, bells, fds)
+        quota = self.keeper.settings.quota
+        self.connection.send(msgspec.structs.replace(opened, seq=seq, quota=quota), fds)
 
     async def _regrant(self, request: wire.Regrant, _: list[int]) -> None:
         while True:
@@ -242,27 +213,42 @@ class Session:
     async def _regrant_now(self, request: wire.Regrant) -> None:
         bells = await self._grant()
         fds: list[int] = []
-        told = _describe_bells(bells, fds)
+        told = describe_bells(bells, fds)
         try:
             self.connection.send(
                 wire.Regranted(seq=request.seq, bells=told, grant=dict(self.lease.grant.info)),
                 fds,
             )
         finally:
-            _close_bells(bells)
+            close_bells(bells)
 
     async def _close(self, request: wire.Close, _: list[int]) -> None:
         # Once this is answered the client may use its pinned memory for something else.
+        if any(pin.in_place for pin in self.lease.pins.values()):
+            await self._let_finish()
         await self.desk.unpin_all(self.lease)
         self.closed_orderly = True
         self.connection.send(wire.Done(seq=request.seq))
+
+    async def _let_finish(self) -> None:
+        """Wait a while for what is in flight: what is cut off by an unmap may fault the function.
+
+        The unmap that follows does not depend on it.
+        """
+        driver, channels = self.host.driver, self.lease.channels
+        pause = 0.0003
+        with contextlib.suppress(HoldfastError, TimeoutError):
+            async with asyncio.timeout(COMMAND_DEADLINE):
+                while await self.host.drive(COMMAND_DEADLINE, lambda: driver.in_flight(channels)):
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, 0.002)
 
     # -- memory ------------------------------------------------------------
 
     async def _take_slab(self, request: wire.TakeSlab, _: list[int]) -> None:
         slab = await self.desk.take_slab(self.lease, request.nbytes)
         fds: list[int] = []
-        info = _describe_slab(slab, fds)
+        info = describe_slab(slab, fds)
         self.connection.send(wire.SlabTaken(seq=request.seq, info=info), fds)
 
     async def _give_slab(self, request: wire.GiveSlab, _: list[int]) -> None:
@@ -283,10 +269,29 @@ class Session:
     async def _pin(self, request: wire.Pin, fds: list[int]) -> None:
         if fds:
             self.desk.accept_own_memory(self.lease, fds.pop(0))
-        pin = await self.desk.pin(
-            self.lease, request.address, request.nbytes, writable=request.writable
+        address, nbytes = request.address, request.nbytes
+        context = self.host.backend.dma_context()
+        if context is None:
+            pin = await self.desk.pin(self.lease, address, nbytes, writable=request.writable)
+            self.connection.send(wire.Pinned(seq=request.seq, pin=pin.number, iova=int(pin.iova)))
+            return
+        if not self.lease.claimed:
+            raise NotSupported("a lease of memory only cannot pin in place", operation="pin",
+                               target=str(self.host.target))  # fmt: skip
+        pin = await self.desk.reserve_pin(self.lease, address, nbytes)
+        here = wire.PinHere(
+            seq=request.seq,
+            pin=pin.number,
+            iova=int(pin.iova),
+            size=pin.size,
+            kind=context.kind,
+            ioas=context.ioas,
         )
-        self.connection.send(wire.Pinned(seq=request.seq, pin=pin.number, iova=int(pin.iova)))
+        self.connection.send(here, [context.fd])
+
+    async def _pin_done(self, request: wire.PinDone, _: list[int]) -> None:
+        self.desk.confirm_pin(self.lease, request.pin)
+        self.connection.send(wire.Done(seq=request.seq))
 
     async def _unpin(self, request: wire.Unpin, _: list[int]) -> None:
         await self.desk.unpin(self.lease, request.pin)
@@ -382,35 +387,3 @@ class Session:
     async def _ps(self, request: wire.Ps, _: list[int]) -> None:
         told = self.keeper.ps(request.after)
         self.connection.send(wire.Result(seq=request.seq, value=told))
-
-
-def _describe_slab(slab: HeldSlab, fds: list[int]) -> wire.SlabInfo:
-    fds.append(slab.memory.fd)
-    return wire.SlabInfo(
-        slab=slab.number,
-        size=slab.size,
-        extents=list(slab.memory.extents),
-        iovas=[int(iova) for iova in slab.iovas],
-        fd=len(fds) - 1,
-    )
-
-
-def _describe_bells(bells: Bells, fds: list[int]) -> list[wire.BellInfo]:
-    told = []
-    for bar, bell in bells:
-        told.append(
-            wire.BellInfo(
-                region=bar,
-                offset=bell.info.offset,
-                size=bell.info.size,
-                value=bell.info.value,
-                fd=len(fds),
-            )
-        )
-        fds.append(bell.fd)
-    return told
-
-
-def _close_bells(bells: Sequence[tuple[int, Doorbell]]) -> None:
-    for _, bell in bells:
-        os.close(bell.fd)

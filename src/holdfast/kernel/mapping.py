@@ -184,6 +184,22 @@ class Mapping:
         except OSError as error:
             raise failure(error, "detach", "mapping") from error
 
+    def revoke(self) -> None:
+        """Take the file out of the address space, also from under views. Idempotent.
+
+        Views stay valid; they read zeros and what is written to them is nobody's. Nothing in this
+        process reaches the file through this mapping any more. Raises OutOfMemory or
+        SystemFailure: then it still does.
+        """
+        if self._array is None:
+            return
+        protection = libc.PROT_READ | libc.PROT_WRITE
+        flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE | libc.MAP_FIXED
+        try:
+            libc.mmap(self.address, self.size, protection, flags, -1, 0)
+        except OSError as error:
+            raise failure(error, "revoke", "mapping") from error
+
     def close(self) -> None:
         """Let this object's reference go; what views look at stays mapped. Idempotent."""
         self._words = {}

@@ -22,7 +22,7 @@ import msgspec
 from holdfast.errors import ProtocolError
 from holdfast.values import Access
 
-VERSION = 1
+VERSION = 2
 MAX_PACKET = 64 * 1024
 MAX_FDS = 128
 MAX_REGISTER_BLOCK = 4096
@@ -75,11 +75,20 @@ class GiveSlab(Message, frozen=True):
 
 
 class Pin(Message, frozen=True):
-    """Let the function reach the client's own memory. Descriptor: /proc/self/mem, at first."""
+    """Let the function reach the client's own memory. Descriptor: /proc/self/mem, at first.
+
+    Answered with :class:`Pinned`, or with :class:`PinHere` where the client itself asks the kernel.
+    """
 
     address: U63
     nbytes: U63
     writable: bool
+
+
+class PinDone(Message, frozen=True):
+    """The client has mapped what :class:`PinHere` reserved."""
+
+    pin: U63
 
 
 class Unpin(Message, frozen=True):
@@ -136,6 +145,7 @@ Request = (
     | TakeSlab
     | GiveSlab
     | Pin
+    | PinDone
     | Unpin
     | RegionRead
     | RegionWrite
@@ -209,6 +219,8 @@ class Opened(Message, frozen=True):
     control: SlabInfo | None
     grant: dict[str, Any]
     quota: U63
+    watch: bool = False
+    """The system may want the function back: be ready to let go at any time."""
 
 
 class SlabTaken(Message, frozen=True):
@@ -218,6 +230,19 @@ class SlabTaken(Message, frozen=True):
 class Pinned(Message, frozen=True):
     pin: U63
     iova: int
+
+
+class PinHere(Message, frozen=True):
+    """Room for a pin is reserved and written down: map ``size`` bytes at ``iova``, then confirm.
+
+    Whole pages around what was asked for. Descriptor: the I/O address space, of this ``kind``.
+    """
+
+    pin: U63
+    iova: int
+    size: U63
+    kind: str
+    ioas: U32
 
 
 class Data(Message, frozen=True):
@@ -244,13 +269,29 @@ class Failed(Message, frozen=True):
 
 
 class Notice(Message, frozen=True):
-    """Something happened to the function that this lease should know of."""
+    """Something happened to the function that this lease should know of.
+
+    ``what``: "reset" or "isolated" (what was in flight is lost), "gone" (the function went away),
+    "leave" (the system wants the function back: unmap, close, say goodbye).
+    """
 
     what: str
     text: str
 
 
-Reply = Welcome | Opened | SlabTaken | Pinned | Data | Result | Regranted | Done | Failed | Notice
+Reply = (
+    Welcome
+    | Opened
+    | SlabTaken
+    | Pinned
+    | PinHere
+    | Data
+    | Result
+    | Regranted
+    | Done
+    | Failed
+    | Notice
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
