@@ -75,6 +75,11 @@ class FunctionBackend(Protocol):
         ...
 
     @property
+    def iova_ranges(self) -> tuple[tuple[int, int], ...]:
+        """First and last address of each range that can be mapped; empty: any address can."""
+        ...
+
+    @property
     def request_fd(self) -> int | None:
         """An eventfd that becomes readable when the system wants the function back, or None.
 

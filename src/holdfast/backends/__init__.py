@@ -53,6 +53,15 @@ def siblings(target: Target) -> list[Target]:
     return [other for other in group_targets(target) if other.bdf != target.bdf]
 
 
+def caution(target: Target) -> str | None:
+    """What is lost on a target that was asked for by name, to be shown; None if nothing is."""
+    if target.scheme != "pci":
+        return None
+    from holdfast.backends.pci import caution as of_pci
+
+    return of_pci(target)
+
+
 def adopt(sock: socket.socket, target: str) -> FunctionBackend:
     """A vfio-user function at the other end of a connected socket. Takes ownership of ``sock``.
 

@@ -176,6 +176,7 @@ class VfioUserBackend:
     def isolation(self) -> str:
         return self._target
 
+    iova_ranges = ()
     request_fd = None  # a server goes away without asking
 
     def dma_context(self) -> None:

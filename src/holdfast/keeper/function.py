@@ -67,6 +67,27 @@ def iova_range(dma_bits: int) -> tuple[int, int]:
     return _LOW_BASE, min(1 << dma_bits, _MSI_WINDOW)
 
 
+def usable_range(
+    base: int, limit: int, ranges: Sequence[tuple[int, int]], granule: int = 4096
+) -> tuple[int, int]:
+    """The largest part of ``base`` up to ``limit`` that lies in one of ``ranges`` (inclusive).
+
+    No ranges: all of it. Raises DeviceError if nothing is left.
+    """
+    if not ranges:
+        return base, limit
+    parts = [(max(base, first), min(limit, last + 1)) for first, last in ranges]
+    rounded = [(-(-start // granule) * granule, end // granule * granule) for start, end in parts]
+    start, end = max(rounded, key=lambda part: part[1] - part[0])
+    if start >= end:
+        raise DeviceError(
+            f"none of the addresses {base:#x}..{limit:#x} that the function has can be mapped",
+            operation="take over",
+            hint="the IOMMU maps: " + ", ".join(f"{a:#x}..{b:#x}" for a, b in ranges),
+        )
+    return start, end
+
+
 def dma_bits(target: Target, driver: type[Driver]) -> int:
     """Address bits of a function's DMA: what its driver knows, or what the target says of it."""
     said = target.options.get("dma_bits") if target.scheme == "pci" else None
@@ -132,7 +153,7 @@ class FunctionHost:
         """
         access = BackendAccess(backend, str(target))
         _take_over(access, target)
-        base, limit = iova_range(dma_bits(target, driver_class))
+        base, limit = usable_range(*iova_range(dma_bits(target, driver_class)), backend.iova_ranges)
         arena = Arena(arena_bytes) if arena_bytes else None
         source: SlabSource = arena or backend.memory() or OwnFiles()
         try:

@@ -18,7 +18,7 @@ from holdfast.contracts import FunctionBackend
 from holdfast.dma.iova import IovaSpace
 from holdfast.errors import HoldfastError, SystemFailure
 from holdfast.keeper import embedded
-from holdfast.keeper.function import FunctionHost, dma_bits, iova_range
+from holdfast.keeper.function import FunctionHost, dma_bits, iova_range, usable_range
 from holdfast.keeper.server import Keeper, Settings
 from holdfast.keeper.unit import Unit
 from holdfast.kernel import packets, pci_sysfs
@@ -111,7 +111,7 @@ async def _serve(
     listener: socket.socket,
 ) -> None:
     siblings = backends.siblings(service.target)
-    space = _shared_space([service.target, *siblings]) if siblings else None
+    space = _shared_space([service.target, *siblings], backend) if siblings else None
     host = _take_over(service, service.target, backend, child, space)
     unit = Unit(backends.connect if service.target.scheme == "pci" else None)
     keeper = Keeper(host, service.settings, unit)
@@ -196,13 +196,13 @@ def _complain(target: Target, error: HoldfastError) -> None:
     sys.stderr.write(f"holdfast: {target} is not served: {error}\n")
 
 
-def _shared_space(targets: list[Target]) -> IovaSpace:
+def _shared_space(targets: list[Target], backend: FunctionBackend) -> IovaSpace:
     """IOVAs for all functions of a unit: what the one with the fewest address bits can reach."""
     bits = []
     for target in targets:
         found = pci_sysfs.function(target.bdf)
         bits.append(dma_bits(target, driver.find(target, found.vendor, found.device)))
-    return IovaSpace(*iova_range(min(bits)))
+    return IovaSpace(*usable_range(*iova_range(min(bits)), backend.iova_ranges))
 
 
 def _serve_metrics(keeper: Keeper, port: int) -> None:

@@ -296,10 +296,6 @@ class Keeper:
 
     # -- leases ------------------------------------------------------------
 
-    async def hand_over(self, lease: Lease) -> None:
-        """See to it that nobody of another user can still reach what a lease gets mapped."""
-        await self.unit.hand_over(self, lease)
-
     def admit(self, lease: Lease, session: Session) -> None:
         """A lease begins: from now on its death is watched."""
         self.require_room()

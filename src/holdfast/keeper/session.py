@@ -129,19 +129,22 @@ class Session:
             raise Busy("the function is being quieted", operation="open", target=str(host.target))
         default = Access.SHARED if driver.channels() else Access.EXCLUSIVE
         lease.access = request.access or default
-        lease.channels = host.claim(lease.access, request.channels)
-        lease.claimed = lease.access is Access.EXCLUSIVE or bool(lease.channels)
-        try:
-            self.keeper.admit(lease, self)
-        except BaseException:
-            host.unclaim(lease.access, lease.channels)
-            raise
+        # One at a time from the proof that nobody else holds it to the lease that does.
+        async with self.keeper.unit.lock:
+            if lease.access is Access.EXCLUSIVE or request.channels != 0:
+                await self.keeper.unit.hand_over(self.keeper, lease.peer.uid)
+            lease.channels = host.claim(lease.access, request.channels)
+            lease.claimed = lease.access is Access.EXCLUSIVE or bool(lease.channels)
+            try:
+                self.keeper.admit(lease, self)
+            except BaseException:
+                host.unclaim(lease.access, lease.channels)
+                raise
         # From here on the lease exists: if anything below fails, it ends like any other.
         self._opened = True
         lease.note("opened")
         async with host.starting:
             try:
-                await self.keeper.hand_over(lease)
                 bells = await self._grant()
             except HoldfastError as error:
                 # Say why, then hang up: the client must not take this for a keeper that died.

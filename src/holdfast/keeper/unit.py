@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 from holdfast.contracts import FunctionBackend
 from holdfast.errors import Busy
-from holdfast.keeper.lease import Lease
 from holdfast.values import Target
 
 if TYPE_CHECKING:
@@ -57,31 +56,26 @@ class Unit:
         for keeper in self.keepers:
             keeper.stop()
 
-    async def hand_over(self, to: Keeper, lease: Lease) -> None:
-        """See to it that no other user can still reach the registers that a lease gets mapped.
+    async def hand_over(self, to: Keeper, uid: int) -> None:
+        """See to it that nobody but user ``uid`` can reach the registers of any function here.
 
-        Raises Busy while that cannot be proven; the functions are closed then.
+        Under :attr:`lock`, until the lease exists for which it is done. Raises Busy while it cannot
+        be proven; the functions are closed then, and tried again with the next lease.
         """
         mapped = any(region.areas for region in to.host.backend.regions)
-        if self.connect is None or not lease.claimed or not mapped:
+        if self.connect is None or not mapped:
             return
-        async with self.lock:
-            uid = lease.peer.uid
-            if not self.opened or self.user not in (None, uid):
-                self._require_no_other_lease(to, lease)
-                await self._open_again(to)
-            self.user = uid
+        if not self.opened or self.user not in (None, uid):
+            self._require_no_lease()
+            await self._open_again(to)
+        self.user = uid
 
-    def _require_no_other_lease(self, to: Keeper, lease: Lease) -> None:
+    def _require_no_lease(self) -> None:
         for keeper in self.keepers:
-            others = [
-                other.peer.pid
-                for other in keeper.leases.values()
-                if keeper is not to or other.number != lease.number
-            ]
-            if others:
+            pids = [lease.peer.pid for lease in keeper.leases.values()]
+            if pids:
                 raise Busy(
-                    f"user {self.user} still has leases (pid {others})",
+                    f"user {self.user} still has leases (pid {pids})",
                     operation="open",
                     target=str(keeper.host.target),
                     hint="registers that are mapped into a process are for one user at a time",
