@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Self, TypeVar
 
+from holdfast.backends.region_access import checked, existing, require_small
 from holdfast.backends.vfio_user_discover import decoded, discover, doorbells_of
 from holdfast.backends.vfio_user_link import ClientLink, connect
 from holdfast.backends.vfio_user_memory import Served, ServedMemory, of_file
@@ -96,8 +97,8 @@ class VfioUserBackend:
     @classmethod
     def connect(cls, path: str | os.PathLike[str], *, timeout: float = TIMEOUT) -> Self:
         """Connect to the server at ``path``; waits up to ``timeout`` seconds for it to accept."""
-        return cls(connect(os.fspath(path), timeout), target=f"vfio-user:{os.fspath(path)}",
-                   timeout=timeout)  # fmt: skip
+        name = os.fspath(path)
+        return cls(connect(name, timeout), target=f"vfio-user:{name}", timeout=timeout)
 
     @classmethod
     def resume(
@@ -172,12 +173,12 @@ class VfioUserBackend:
         # (vfio-user specification, DMA_UNMAP).
         return Promises(strict_unmap=True, reset=self._found.reset, assign_bars=True)
 
+    iova_ranges = ()
+    request_fd = None  # a server goes away without asking
+
     @property
     def isolation(self) -> str:
         return self._target
-
-    iova_ranges = ()
-    request_fd = None  # a server goes away without asking
 
     def dma_context(self) -> None:
         return None
@@ -217,10 +218,7 @@ class VfioUserBackend:
         """Small reads as ``(index, offset, count)``, in order, many on their way at once."""
         for index, offset, count in reads:
             self._check_access(index, offset, count, write=False)
-            if count > 8:
-                raise BadAccess(
-                    f"{count} bytes in one of many reads", operation="region_read_multi"
-                )
+            require_small(count, "region_read_multi", self._target)
         found: list[bytes] = []
         for at in range(0, len(reads), _PIPELINED):
             batch = reads[at : at + _PIPELINED]
@@ -252,10 +250,7 @@ class VfioUserBackend:
         """
         for index, offset, data in writes:
             self._check_access(index, offset, len(data), write=True)
-            if len(data) > 8:
-                raise BadAccess(
-                    f"{len(data)} bytes in one of many writes", operation="region_write_multi"
-                )
+            require_small(len(data), "region_write_multi", self._target)
         if not self._session.peer.write_multiple:
             for index, offset, data in writes:
                 self.region_write(index, offset, data)
@@ -280,8 +275,7 @@ class VfioUserBackend:
 
     def doorbells(self, index: int) -> Sequence[Doorbell]:
         """Eventfds of a region's doorbells; the caller owns them. Empty if the server has none."""
-        if not 0 <= index < len(self._found.regions):
-            raise BadAccess(f"there is no region {index}", operation="doorbells")
+        existing(self._found.regions, index, "doorbells", self._target)
         room = _IO_FDS_ROOM
         for _ in range(2):  # the second time with the room that the first answer asked for
             body = m.RegionIoFds(index, argsz=room)
@@ -426,18 +420,7 @@ class VfioUserBackend:
         return bytes(reply.data)
 
     def _check_access(self, index: int, offset: int, count: int, *, write: bool) -> None:
-        """Servers in the field do not check; a bad access would take them down."""
-        operation = "region_write" if write else "region_read"
-        if not 0 <= index < len(self._found.regions):
-            raise BadAccess(f"there is no region {index}", operation=operation)
-        region = self._found.regions[index]
-        if offset < 0 or count < 1 or offset + count > region.size:
-            raise BadAccess(
-                f"{count} bytes at {offset:#x} of region {index}, which has {region.size:#x}",
-                operation=operation,
-            )
-        if not (region.writable if write else region.readable):
-            raise BadAccess(f"region {index} does not allow it", operation=operation)
+        checked(self._found.regions, index, offset, count, write=write, target=self._target)
 
     def _bulk_access(self, count: int) -> AbstractContextManager[object]:
         """Large accesses go one at a time: what is in flight stays below the socket buffers.

@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from holdfast.contracts import Doorbell, FunctionBackend
 from holdfast.dma.iova import IovaSpace
+from holdfast.dma.physical import PhysicalFiles
 from holdfast.dma.slab import Arena, OwnFiles, SlabSource
 from holdfast.driver import Driver
 from holdfast.errors import Busy, DeviceError, NotSupported
@@ -153,9 +154,13 @@ class FunctionHost:
         """
         access = BackendAccess(backend, str(target))
         _take_over(access, target)
-        base, limit = usable_range(*iova_range(dma_bits(target, driver_class)), backend.iova_ranges)
+        bits = dma_bits(target, driver_class)
+        base, limit = usable_range(*iova_range(bits), backend.iova_ranges)
         arena = Arena(arena_bytes) if arena_bytes else None
         source: SlabSource = arena or backend.memory() or OwnFiles()
+        if isinstance(source, PhysicalFiles):
+            # What lies beyond is not refused by the function, but reached somewhere else.
+            source.dma_bits = min(source.dma_bits, bits)
         try:
             if arena is not None:
                 backend.dma_map(Iova(base), arena_bytes, Perm.RW, arena.fd, 0)

@@ -11,6 +11,8 @@ import ctypes
 import os
 from typing import Final
 
+from holdfast.uapi import io_uring
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _c_off_t = ctypes.c_int64
@@ -74,6 +76,9 @@ assert ctypes.sizeof(_Statfs) == 120
 _fstatfs = _libc.fstatfs
 _fstatfs.argtypes = (ctypes.c_int, ctypes.POINTER(_Statfs))
 
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
 
 def _raise(call: str) -> None:
     number = ctypes.get_errno()
@@ -121,3 +126,34 @@ def filesystem_magic(fd: int) -> int:
     if _fstatfs(fd, ctypes.byref(found)):
         _raise("fstatfs")
     return int(found.f_type)
+
+
+def address_of(buffer: bytearray) -> int:
+    """Where the bytes of ``buffer`` are, until it is resized or collected."""
+    return ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
+
+
+def io_uring_setup(entries: int, params: bytearray) -> int:
+    """io_uring_setup(2). Returns the ring's descriptor, close-on-exec; the caller owns it."""
+    found: int = _syscall(
+        ctypes.c_long(io_uring.SYS_SETUP),
+        ctypes.c_uint(entries),
+        ctypes.c_void_p(address_of(params)),
+    )
+    if found < 0:
+        _raise("io_uring_setup")
+    return found
+
+
+def io_uring_register(fd: int, operation: int, argument: bytearray | None, count: int) -> int:
+    """io_uring_register(2). What is returned depends on ``operation``."""
+    found: int = _syscall(
+        ctypes.c_long(io_uring.SYS_REGISTER),
+        ctypes.c_uint(fd),
+        ctypes.c_uint(operation),
+        ctypes.c_void_p(None if argument is None else address_of(argument)),
+        ctypes.c_uint(count),
+    )
+    if found < 0:
+        _raise("io_uring_register")
+    return found

@@ -33,6 +33,8 @@ from holdfast.kernel import libc
 from holdfast.kernel.failure import failure
 
 PAGE: Final = 4096
+_HUGETLBFS_MAGIC: Final = 0x958458F6
+"""linux/magic.h"""
 _REACH: Final = 1 << 47
 """User addresses of x86-64 end here; no mapping can be larger."""
 
@@ -209,15 +211,16 @@ class Mapping:
 def _check(fd: int, extents: Sequence[tuple[int, int]]) -> int:
     """The size of all extents together, after checking each."""
     try:
-        status = os.fstat(fd)
+        status, page = os.fstat(fd), _page(fd)
     except OSError as error:
         raise failure(error, "map", f"descriptor {fd}") from error
     # Device descriptors have no size of their own.
     end = status.st_size if stat.S_ISREG(status.st_mode) else _REACH
     total = 0
     for number, (offset, size) in enumerate(extents):
-        inner = number < len(extents) - 1
-        if offset < 0 or size < 1 or offset % PAGE or (inner and size % PAGE):
+        # munmap(2) takes huge pages only whole, so the last extent has to be of whole ones, too.
+        whole = number < len(extents) - 1 or page > PAGE
+        if offset < 0 or size < 1 or offset % page or (whole and size % page):
             raise BadBuffer(f"extent {offset:#x}+{size:#x} is misaligned or empty", operation="map")
         if offset + size > end:
             raise BadBuffer(
@@ -234,9 +237,8 @@ def _reserve_and_map(
     fd: int, extents: Sequence[tuple[int, int]], size: int, writable: bool, dont_fork: bool
 ) -> int:
     protection = libc.PROT_READ | (libc.PROT_WRITE if writable else 0)
-    reserve = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
     try:
-        base = libc.mmap(None, size, libc.PROT_NONE, reserve, -1, 0)
+        base = _reserve(size, _page(fd))
         try:
             at = base
             for offset, length in extents:
@@ -250,6 +252,26 @@ def _reserve_and_map(
             raise
     except OSError as error:
         raise failure(error, "map", f"descriptor {fd}") from error
+    return base
+
+
+def _page(fd: int) -> int:
+    """Bytes in the pages that a mapping of ``fd`` is made of: more than 4096 on hugetlbfs."""
+    if libc.filesystem_magic(fd) != _HUGETLBFS_MAGIC:
+        return PAGE
+    return os.fstat(fd).st_blksize
+
+
+def _reserve(size: int, page: int) -> int:
+    """A range of addresses that is a multiple of ``page``, for nothing else to be put there."""
+    flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
+    if page == PAGE:
+        return libc.mmap(None, size, libc.PROT_NONE, flags, -1, 0)
+    found = libc.mmap(None, size + page, libc.PROT_NONE, flags, -1, 0)
+    base = -(-found // page) * page
+    if base > found:
+        libc.munmap(found, base - found)
+    libc.munmap(base + size, found + page - base)
     return base
 
 
