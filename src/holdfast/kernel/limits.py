@@ -86,8 +86,8 @@ def exempt() -> bool:
 
 
 @lru_cache(maxsize=8)
-def _exempt_as(pid: int, users: tuple[int, int, int]) -> bool:
-    """:func:`exempt`, asked once for each identity: capabilities go with the user ids.
+def _exempt_as(identity: tuple[int, ...]) -> bool:  # noqa: ARG001 - the key
+    """:func:`exempt`, asked once for each process and user ids: capabilities go with those.
 
     A process that gives up the capability alone, or moves to another namespace, is told by the
     kernel.
@@ -111,7 +111,7 @@ class Memlock:
 def memlock(charge: Charge) -> Memlock | None:
     """The limit that holds for pins of the calling thread, or None where there is none."""
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or _exempt_as(os.getpid(), os.getresuid()):
+    if soft == resource.RLIM_INFINITY or _exempt_as((os.getpid(), *os.getresuid())):
         return None
     return Memlock(soft, None if hard == resource.RLIM_INFINITY else hard, pinned(charge))
 

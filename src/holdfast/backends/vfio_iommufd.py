@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions of real hardware through VFIO character devices and iommufd.
+
+The functions of a group that are opened in this process are bound to one iommufd and attached to
+one IOAS: the kernel gives a group to one iommufd only (``iommu_device_claim_dma_owner``). Files are
+pinned as files (IOMMU_IOAS_MAP_FILE) where the kernel can, so that no address space is involved.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from functools import partial
+from typing import Final
+
+from holdfast.backends import vfio_units
+from holdfast.backends.pci_usable import blockers
+from holdfast.backends.vfio_device import Descriptor, VfioBackend
+from holdfast.contracts import DmaContext
+from holdfast.errors import HoldfastError, NotSupported
+from holdfast.kernel import dma_pin, iommufd, vfio_type1
+from holdfast.kernel.limits import Charge, require_lockable
+from holdfast.kernel.pci_sysfs import PciFunction
+from holdfast.values import Perm
+
+
+class IommufdSpace(vfio_units.Unit):
+    """An iommufd with one IOAS, for one group: ``IoSpace``. Any thread."""
+
+    def __init__(self, group: int, target: str) -> None:
+        self._group = group
+        fd = vfio_type1.open_node(iommufd.NODE, target)
+        self._fd = Descriptor(fd, target)
+        try:
+            self.ioas = iommufd.new_ioas(fd, target)
+            self._map = (
+                iommufd.map_file if iommufd.has_map_file(fd, target) else iommufd.map_file_here
+            )
+        except BaseException:
+            self._fd.close()
+            raise
+
+    @property
+    def isolation(self) -> str:
+        return f"group {self._group}"
+
+    @property
+    def iova_ranges(self) -> tuple[tuple[int, int], ...]:
+        with self._fd as fd:
+            return iommufd.iova_ranges(fd, self.ioas, self.isolation)
+
+    def open_device(self, function: PciFunction, target: str) -> int:
+        """The function's descriptor, bound and attached; the caller owns it."""
+        device = vfio_type1.open_node(f"{vfio_units.DEVICES}/{function.vfio_cdev}", target)
+        try:
+            with self._fd as fd:
+                try:
+                    iommufd.bind(device, fd, target)
+                    iommufd.attach(device, self.ioas, target)
+                except HoldfastError as error:
+                    raise _explained(error, function, target) from error
+        except BaseException:
+            os.close(device)
+            raise
+        return device
+
+    def map_file(self, iova: int, size: int, perm: Perm, fd: int, offset: int, target: str) -> None:
+        require_lockable(size, Charge.USER, operation="dma_map", target=target)
+        with self._fd as mine:
+            try:
+                self._map(mine, self.ioas, iova, size, perm, fd, offset, target)
+            except HoldfastError as error:
+                raise dma_pin.explained(error, iova, size) from error
+
+    def unmap(self, iova: int, size: int, target: str) -> int:
+        with self._fd as fd:
+            return iommufd.unmap(fd, self.ioas, iova, size, target)
+
+    def context(self) -> DmaContext:
+        return DmaContext("iommufd", self._fd.number, self.ioas)
+
+    def release(self) -> None:
+        _UNITS.drop(self._group, self)
+
+    def end(self) -> None:
+        self._fd.close()
+
+
+_UNITS: Final[vfio_units.Units[IommufdSpace]] = vfio_units.Units()
+
+
+def open_function(function: PciFunction, target: str) -> VfioBackend:
+    """Open a function bound to vfio-pci through its character device. The caller closes it.
+
+    Raises Busy (naming the processes or sibling functions), NoPermission, NotSupported,
+    SystemFailure.
+    """
+    group = function.iommu_group
+    if group is None or function.vfio_cdev is None:
+        raise NotSupported(
+            "the function has no VFIO character device",
+            operation="open device",
+            target=target,
+            hint="bind it to vfio-pci, on a kernel with CONFIG_VFIO_DEVICE_CDEV; or backend=type1",
+        )
+    space = _UNITS.take(group, partial(IommufdSpace, group, target))
+    try:
+        fd = space.open_device(function, target)
+    except BaseException:
+        space.release()
+        raise
+    return VfioBackend(fd, space, target)
+
+
+def _explained(error: HoldfastError, function: PciFunction, target: str) -> HoldfastError:
+    """EBUSY: the group is open, another process has the device, or a sibling has a driver.
+
+    EINVAL comes from vfio_df_open if the device is open elsewhere.
+    """
+    if error.errno not in (errno.EBUSY, errno.EINVAL, errno.EPERM):
+        return error
+    if blockers(function):
+        return vfio_units.not_viable(function, target)
+    return vfio_units.held(function, error, target)
