@@ -34,7 +34,7 @@ from holdfast.errors import (
 from holdfast.kernel import events, ioctl, vfio_device
 from holdfast.kernel.vfio_device import DeviceInfo, RegionInfo
 from holdfast.uapi import vfio as u
-from holdfast.values import CONFIG_REGION, Area, Iova, IrqIndex, Perm
+from holdfast.values import CONFIG_REGION, Area, Bdf, Iova, IrqIndex, Perm
 
 BAR = 0x2000
 CONFIG_AT = 0x10000
@@ -121,7 +121,7 @@ def space() -> Space:
 
 @pytest.fixture
 def backend(device: Device, space: Space) -> Iterator[VfioBackend]:
-    found = VfioBackend(os.dup(device.fd), space, "pci:0000:03:00.0")
+    found = VfioBackend(os.dup(device.fd), space, "pci:0000:03:00.0", space.release)
     yield found
     found.close()
 
@@ -220,7 +220,7 @@ def test_a_failed_opening_gives_the_address_space_back(
     monkeypatch.setattr(vfio_device, "irq_info", lambda *_: (u.IRQ_INFO_EVENTFD, 1))
     monkeypatch.setattr(vfio_device, "set_eventfds", fail)
     with pytest.raises(SystemFailure):
-        VfioBackend(os.dup(device.fd), space, "pci:0000:03:00.0")
+        VfioBackend(os.dup(device.fd), space, "pci:0000:03:00.0", space.release)
     assert space.users == 0
 
 
@@ -415,18 +415,30 @@ class Counted(Unit):
         self.ends.append(1)
 
 
-def test_a_unit_is_made_once_and_ended_by_its_last_user() -> None:
+FIRST, SECOND = Bdf(0, 3, 0, 0), Bdf(0, 3, 0, 1)
+
+
+def test_a_unit_is_made_once_and_ended_by_its_last_function() -> None:
     units: Units[Counted] = Units()
-    one = units.take(7, Counted)
-    assert units.take(7, Counted) is one
-    other = units.take(8, Counted)
+    one = units.take(7, FIRST, Counted)
+    assert units.take(7, SECOND, Counted) is one
+    other = units.take(8, FIRST, Counted)
     assert other is not one
-    units.drop(7, one)
+    units.drop(7, FIRST, one)
     assert not one.ends
-    units.drop(7, one)
+    units.drop(7, SECOND, one)
     assert one.ends == [1]
     assert not other.ends
-    assert units.take(7, Counted) is not one
+    assert units.take(7, FIRST, Counted) is not one
+
+
+def test_a_function_is_opened_once_in_a_process() -> None:
+    units: Units[Counted] = Units()
+    one = units.take(7, FIRST, Counted)
+    with pytest.raises(Busy, match=f"pid {os.getpid()}"):
+        units.take(7, FIRST, Counted)
+    units.drop(7, FIRST, one)
+    assert one.ends == [1]
 
 
 def test_a_unit_that_cannot_be_made_leaves_no_trace() -> None:
@@ -435,6 +447,18 @@ def test_a_unit_that_cannot_be_made_leaves_no_trace() -> None:
     def refuse() -> Counted:
         raise Busy("held")
 
-    with pytest.raises(Busy):
-        units.take(7, refuse)
-    assert isinstance(units.take(7, Counted), Counted)
+    with pytest.raises(Busy, match="held"):
+        units.take(7, FIRST, refuse)
+    assert isinstance(units.take(7, FIRST, Counted), Counted)
+
+
+def test_in_a_forked_child_a_unit_ends_without_its_parents_books() -> None:
+    units: Units[Counted] = Units()
+    one = units.take(7, FIRST, Counted)
+    pid = os.fork()
+    if not pid:
+        units.drop(7, FIRST, one)
+        os._exit(len(one.ends))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    units.drop(7, FIRST, one)
+    assert one.ends == [1]

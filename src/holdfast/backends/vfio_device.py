@@ -23,12 +23,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from holdfast.backends.region_access import checked, existing, require_small
 from holdfast.backends.vfio_irqs import Irqs
 from holdfast.backends.vfio_regions import discover
 from holdfast.contracts import DmaContext, Doorbell, HostMemory, RegionMap
 from holdfast.dma.slab import SlabSource
 from holdfast.errors import (
-    BadAccess,
     BadBuffer,
     Closed,
     DeviceError,
@@ -65,10 +65,6 @@ class IoSpace(Protocol):
         ...
 
     def context(self) -> DmaContext: ...
-
-    def release(self) -> None:
-        """One user less; the last one closes it, and everything mapped goes."""
-        ...
 
 
 class Descriptor:
@@ -124,14 +120,16 @@ class Descriptor:
 class VfioBackend:
     """``contracts.FunctionBackend`` over a device descriptor and an I/O address space.
 
-    Takes ownership of ``fd`` and of one use of ``space``, also when it raises. Any thread.
+    Takes ownership of ``fd``, and calls ``leave`` once when it needs the space no more: also when
+    this raises. Any thread.
     Registers of 8 bytes may reach the function as two accesses of 4: kernels before 6.11 have no
     wider one (drivers/vfio/pci/vfio_pci_rdwr.c ``vfio_pci_core_do_io_rw``).
     """
 
-    def __init__(self, fd: int, space: IoSpace, target: str) -> None:
+    def __init__(self, fd: int, space: IoSpace, target: str, leave: Callable[[], None]) -> None:
         self._target = target
         self._space = space
+        self._leave = leave
         self._device = Descriptor(fd, target)
         self._closing = threading.Lock()
         self._gone = False
@@ -144,7 +142,7 @@ class VfioBackend:
             self._promises = Promises(strict_unmap=True, reset=info.resets)
         except BaseException:
             self._device.close()
-            space.release()
+            leave()
             raise
 
     # -- what it is ------------------------------------------------------------------------------
@@ -194,7 +192,7 @@ class VfioBackend:
     # -- regions ---------------------------------------------------------------------------------
 
     def region_read(self, index: int, offset: int, count: int) -> bytes:
-        region = self._checked(index, offset, count, "region_read", write=False)
+        region = self._checked(index, offset, count, write=False)
         with self._device as fd:
             self._require_present("region_read")
             try:
@@ -208,7 +206,7 @@ class VfioBackend:
         return data
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
-        region = self._checked(index, offset, len(data), "region_write", write=True)
+        region = self._checked(index, offset, len(data), write=True)
         with self._device as fd:
             self._require_present("region_write")
             try:
@@ -221,26 +219,26 @@ class VfioBackend:
     def region_read_multi(self, reads: Sequence[tuple[int, int, int]]) -> list[bytes]:
         """Small reads as ``(index, offset, count)``, in order; none if one is out of range."""
         for index, offset, count in reads:
-            self._checked(index, offset, count, "region_read_multi", write=False)
-            _require_small(count, "region_read_multi")
+            self._checked(index, offset, count, write=False)
+            require_small(count, "region_read_multi", self._target)
         return [self.region_read(*read) for read in reads]
 
     def region_write_multi(self, writes: Sequence[tuple[int, int, bytes]]) -> None:
         """Small writes as ``(index, offset, data)``, in order; none if one is out of range."""
         for index, offset, data in writes:
-            self._checked(index, offset, len(data), "region_write_multi", write=True)
-            _require_small(len(data), "region_write_multi")
+            self._checked(index, offset, len(data), write=True)
+            require_small(len(data), "region_write_multi", self._target)
         for write in writes:
             self.region_write(*write)
 
     def region_map(self, index: int) -> RegionMap | None:
         """The device descriptor: whoever gets it can do anything with the function."""
-        region = self._region(index, "region_map")
+        region = existing(self._regions, index, "region_map", self._target)
         return RegionMap(self._device.number, region) if region.areas else None
 
     def doorbells(self, index: int) -> Sequence[Doorbell]:
         """None: real registers are rung by writing them."""
-        self._region(index, "doorbells")
+        existing(self._regions, index, "doorbells", self._target)
         return []
 
     # -- interrupts ------------------------------------------------------------------------------
@@ -317,30 +315,12 @@ class VfioBackend:
                 return
             self._device.close()
         self._irqs.close()
-        self._space.release()
+        self._leave()
 
     # -- details ---------------------------------------------------------------------------------
 
-    def _region(self, index: int, operation: str) -> Region:
-        if not 0 <= index < len(self._regions):
-            raise BadAccess(f"there is no region {index}", operation=operation, target=self._target)
-        return self._regions[index]
-
-    def _checked(
-        self, index: int, offset: int, count: int, operation: str, *, write: bool
-    ) -> Region:
-        region = self._region(index, operation)
-        if offset < 0 or count < 1 or offset + count > region.size:
-            raise BadAccess(
-                f"{count} bytes at {offset:#x} of region {index}, which has {region.size:#x}",
-                operation=operation,
-                target=self._target,
-            )
-        if not (region.writable if write else region.readable):
-            raise BadAccess(
-                f"region {index} does not allow it", operation=operation, target=self._target
-            )
-        return region
+    def _checked(self, index: int, offset: int, count: int, *, write: bool) -> Region:
+        return checked(self._regions, index, offset, count, write=write, target=self._target)
 
     def _require_present(self, operation: str) -> None:
         if self._gone:
@@ -385,8 +365,3 @@ class VfioBackend:
         return DeviceError(
             f"region {index}: {done} of {count} bytes", operation=operation, target=self._target
         )
-
-
-def _require_small(count: int, operation: str) -> None:
-    if count > 8:
-        raise BadAccess(f"{count} bytes in one of many accesses", operation=operation)

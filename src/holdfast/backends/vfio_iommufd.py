@@ -79,9 +79,6 @@ class IommufdSpace(vfio_units.Unit):
     def context(self) -> DmaContext:
         return DmaContext("iommufd", self._fd.number, self.ioas)
 
-    def release(self) -> None:
-        _UNITS.drop(self._group, self)
-
     def end(self) -> None:
         self._fd.close()
 
@@ -103,13 +100,14 @@ def open_function(function: PciFunction, target: str) -> VfioBackend:
             target=target,
             hint="bind it to vfio-pci, on a kernel with CONFIG_VFIO_DEVICE_CDEV; or backend=type1",
         )
-    space = _UNITS.take(group, partial(IommufdSpace, group, target))
+    space = _UNITS.take(group, function.bdf, partial(IommufdSpace, group, target))
+    leave = partial(_UNITS.drop, group, function.bdf, space)
     try:
         fd = space.open_device(function, target)
     except BaseException:
-        space.release()
+        leave()
         raise
-    return VfioBackend(fd, space, target)
+    return VfioBackend(fd, space, target, leave)
 
 
 def _explained(error: HoldfastError, function: PciFunction, target: str) -> HoldfastError:

@@ -88,9 +88,6 @@ class Type1Space(vfio_units.Unit):
     def context(self) -> DmaContext:
         return DmaContext("type1", self._container.number)
 
-    def release(self) -> None:
-        _UNITS.drop(self._number, self)
-
     def end(self) -> None:
         # The group first: its release detaches it from the container and unpins everything.
         self._group.close()
@@ -107,13 +104,14 @@ def open_function(function: PciFunction, target: str) -> VfioBackend:
     SystemFailure.
     """
     group = -1 if function.iommu_group is None else function.iommu_group
-    space = _UNITS.take(group, partial(Type1Space, function, target))
+    space = _UNITS.take(group, function.bdf, partial(Type1Space, function, target))
+    leave = partial(_UNITS.drop, group, function.bdf, space)
     try:
         fd = space.open_device(function, target)
     except BaseException:
-        space.release()
+        leave()
         raise
-    return VfioBackend(fd, space, target)
+    return VfioBackend(fd, space, target, leave)
 
 
 def _open_group(function: PciFunction, group: int, target: str) -> int:

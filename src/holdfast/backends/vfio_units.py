@@ -16,6 +16,7 @@ from holdfast.backends.pci_usable import blockers
 from holdfast.errors import Busy, HoldfastError
 from holdfast.kernel.pci_holders import HolderScan
 from holdfast.kernel.pci_sysfs import PciFunction, group_members
+from holdfast.values import Bdf
 
 GROUPS = "/dev/vfio"
 DEVICES = "/dev/vfio/devices"
@@ -32,30 +33,43 @@ U = TypeVar("U", bound=Unit)
 
 
 class Units(Generic[U]):
-    """The units of this process, each with its users counted. Any thread.
+    """The units of this process, each with the functions opened through it. Any thread.
 
     A forked child has none: what it inherited are duplicates of its parent's descriptors.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: dict[tuple[int, int], tuple[U, int]] = {}
+        self._open: dict[tuple[int, int], tuple[U, frozenset[Bdf]]] = {}
 
-    def take(self, group: int, make: Callable[[], U]) -> U:
-        """The group's unit, made if there is none. To be given back with :meth:`drop`."""
+    def take(self, group: int, function: Bdf, make: Callable[[], U]) -> U:
+        """The group's unit, made if there is none. To be given back with :meth:`drop`.
+
+        Raises Busy if the function is open in this process already: type1 would open it a second
+        time, with one set of interrupts for both.
+        """
         key = (os.getpid(), group)
         with self._lock:
-            unit, users = self._open.get(key) or (make(), 0)
-            self._open[key] = (unit, users + 1)
+            unit, users = self._open.get(key, (None, frozenset()))
+            if function in users:
+                raise Busy(
+                    f"this process (pid {os.getpid()}) has it open already",
+                    operation="open",
+                    target=str(function),
+                    hint="close it first",
+                )
+            if unit is None:
+                unit = make()
+            self._open[key] = (unit, users | {function})
             return unit
 
-    def drop(self, group: int, unit: U) -> None:
-        """One user less. The last one ends the unit; in a forked child, the first one does."""
+    def drop(self, group: int, function: Bdf, unit: U) -> None:
+        """One function less. The last one ends the unit; in a forked child, the first one does."""
         key = (os.getpid(), group)
         with self._lock:
-            _, users = self._open.pop(key, (unit, 1))
-            if users > 1:
-                self._open[key] = (unit, users - 1)
+            _, users = self._open.pop(key, (unit, frozenset()))
+            if users - {function}:
+                self._open[key] = (unit, users - {function})
             else:
                 unit.end()
 
