@@ -8,27 +8,58 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test test-lab test-lab-full lab-tools lab-kernel-tools lint bench docs clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
-	@echo "make demo    kill processes in the middle of DMA, and see what becomes of the memory"
-	echo "make test    run the tests"
-	echo "make lint    check style and types"
-	echo "make bench   measure throughput and latency"
-	echo "make docs    build the documentation into docs/_build"
-	echo "make clean   remove everything that make made"
+	@echo "make demo           kill processes in the middle of DMA, and see what becomes of the memory"
+	echo "make test           run the tests, those in guests of Debian's kernel included"
+	echo "make test-lab       only those in guests"
+	echo "make test-lab-full  those in guests of the second kernel, which is built if need be"
+	echo "make lint           check style and types"
+	echo "make bench          measure throughput and latency"
+	echo "make docs           build the documentation into docs/_build"
+	echo "make clean          remove everything that make made (holdfast lab clean: the lab's cache)"
 
 demo: .venv/.installed
 	@$(BIN)/holdfast demo
 
 # Tests that measure the whole machine (marker "alone") cannot share it with others. Exit code 5
-# of pytest means that there are none of them.
+# of pytest means that there are none of them. Tests that boot guests (marker "lab") load the whole
+# machine for minutes; they come last, by themselves.
 test: .venv/.installed-test
-	@$(BIN)/pytest -q -n 2 -m "not alone"
+	@$(BIN)/pytest -q -n 2 -m "not alone and not lab"
 	$(BIN)/pytest -q -m alone || [ $$? -eq 5 ]
+	$(MAKE) --no-print-directory test-lab
+
+test-lab: .venv/.installed-test lab-tools
+	@$(BIN)/pytest -q -n 2 -m "lab and not full_kernel" tests/vm
+
+test-lab-full: .venv/.installed-test lab-tools lab-kernel-tools
+	@$(BIN)/holdfast lab kernel
+	$(BIN)/pytest -q -n 2 -m "lab and full_kernel" tests/vm
+
+# Guests are made of Debian packages by mmdebstrap. Without it (and without root to install it) the
+# tests that need a guest skip, and say so.
+lab-tools:
+	@if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && ! command -v mmdebstrap >/dev/null; then
+	    echo "Installing mmdebstrap"
+	    export DEBIAN_FRONTEND=noninteractive
+	    { apt-get update -qq && apt-get install -qq -y mmdebstrap debian-archive-keyring; } \
+	        >/dev/null 2>&1 || echo "mmdebstrap cannot be installed" >&2
+	fi
+
+lab-kernel-tools: .venv/.installed
+	@missing=$$($(BIN)/python -c 'from holdfast.lab import kernel; print(*kernel.missing_packages())')
+	if [ -n "$$missing" ] && [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null &&
+	        ! $(BIN)/holdfast lab kernel --cached >/dev/null 2>&1; then
+	    echo "Installing $$missing"
+	    export DEBIAN_FRONTEND=noninteractive
+	    { apt-get update -qq && apt-get install -qq -y $$missing; } >/dev/null 2>&1 ||
+	        echo "$$missing cannot be installed" >&2
+	fi
 
 lint: .venv/.installed-test
 	@$(BIN)/ruff check

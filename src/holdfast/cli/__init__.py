@@ -2,7 +2,8 @@
 """The ``holdfast`` command: the only place that prints and exits.
 
 Commands are loaded when used, so that ``holdfast emu`` and ``holdfast serve`` start quickly.
-Exit codes: 0 done · 1 it ran and found what must not be (``demo``, ``bench`` verification)
+Exit codes: 0 done · 1 it ran and found what must not be (``demo``, ``bench`` verification,
+``doctor`` where something is not usable)
 · 2 wrong usage · 3 resource · 4 device · 5 peer · 6 system (by the fault of the error).
 """
 
@@ -19,11 +20,16 @@ from holdfast.errors import HoldfastError
 
 _COMMANDS = {
     "bench": "measure: each figure a ratio against a limit or a peer of the same run",
+    "bind": "give PCI functions to vfio-pci, and remember what they had",
     "demo": "kill processes in the middle of DMA, and see what becomes of the memory",
+    "doctor": "say whether PCI functions can be used, and if not, why and what fixes it",
     "emu": "run an emulated function on a vfio-user socket",
+    "ls": "list PCI functions: driver, IOMMU group, resets, who holds them",
+    "lab": "virtual machines with a real kernel and IOMMU, to run commands and tests in",
     "ps": "show leases: who holds what, and why memory is still held",
     "regs": "print a function's registers, from the rows its driver uses",
     "serve": "keep a function: hand out leases, outlive their holders",
+    "unbind": "give PCI functions back to the drivers they had",
 }
 
 EXIT_CODES = {"you": 2, "resource": 3, "device": 4, "peer": 5, "system": 6}
