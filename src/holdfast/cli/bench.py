@@ -9,20 +9,48 @@ from pathlib import Path
 
 import click
 
+from holdfast.bench import hardware
 from holdfast.bench.result import Result, rounded
 from holdfast.bench.runner import FIGURES, run_benches
+from holdfast.errors import UsageError
 
 
 @click.command(
-    help="Measure an emulated card, and say for each figure how far it is from a limit or a peer "
-    "that was measured in the same run. A ratio of 1 is as good as the peer, more is better. Exit "
-    "status 1 if moved data was wrong; a missed goal is only shown."
+    help="Measure an emulated card (or a real function, see --target), and say for each figure "
+    "how far it is from a limit or a peer that was measured in the same run. A ratio of 1 is as "
+    "good as the peer, more is better. Exit status 1 if moved data was wrong; a missed goal is "
+    "only shown."
 )
-@click.option("--only", type=click.Choice(list(FIGURES)), multiple=True, help="may be repeated")
+@click.option(
+    "--only",
+    type=click.Choice([*FIGURES, *(name for name in hardware.FIGURES if name not in FIGURES)]),
+    multiple=True,
+    help="may be repeated",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the figures here")
 @click.option("--quick", is_flag=True, help="small and rough: to see that it works")
-def command(only: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
-    results = run_benches(only, quick=quick, say=lambda name: click.echo(f"{name} ...", err=True))
+@click.option(
+    "--target",
+    help="an edu device behind an IOMMU, pci:DDDD:BB:DD.F, and the figures that only the real "
+    f"thing has: {', '.join(hardware.FIGURES)}; for root",
+)
+def command(only: tuple[str, ...], json_file: Path | None, quick: bool, target: str | None) -> None:
+    known = hardware.FIGURES if target is not None else tuple(FIGURES)
+    if foreign := [name for name in only if name not in known]:
+        raise UsageError(
+            f"no such figure here: {', '.join(foreign)}",
+            operation="bench",
+            target=target or "",
+            hint=f"there are {', '.join(known)}",
+        )
+
+    def say(name: str) -> None:
+        click.echo(f"{name} ...", err=True)
+
+    if target is None:
+        results = run_benches(only, quick=quick, say=say)
+    else:
+        results = hardware.run_hardware(target, only, quick=quick, say=say)
     wrong = [result.name for result in results if result.verified is False]
     told = {
         "quick": quick,

@@ -10,31 +10,45 @@ from pathlib import Path
 
 import click
 
+from holdfast.errors import UsageError
+from holdfast.torture import edu_campaign
 from holdfast.torture.campaign import Outcome, run_policy
-from holdfast.values import Policy
+from holdfast.values import Policy, Target
 
 ORDER = (Policy.RELEASE, Policy.DRAIN, Policy.REVOKE)
+HITS = 0.8
+"""The share of the kills that must hit a running transfer of the emulated card."""
 
 
 @click.command(
-    help="Kill processes in the middle of DMA transfers of an emulated card, under each policy, "
-    "and look into the memory of innocent processes. Exit status 1 if drain or revoke corrupts, "
-    "leaks or hangs anything, or if the negative control does not corrupt."
+    help="Kill processes in the middle of DMA transfers of an emulated card (or of an edu device, "
+    "see --target), under each policy, and look into the memory of innocent processes. Exit status "
+    "1 if drain or revoke corrupts, leaks or hangs anything, or if the negative control does not "
+    "corrupt."
 )
 @click.option("--kills", type=click.IntRange(1), default=120, show_default=True, help="per policy")
 @click.option("--seed", type=int, default=1, show_default=True, help="of every random choice")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the figures here")
 @click.option("--policy", "only", type=click.Choice([str(p) for p in ORDER]), multiple=True)
-def command(kills: int, seed: int, json_file: Path | None, only: tuple[str, ...]) -> None:
+@click.option(
+    "--target",
+    help="an edu device instead of the emulated card: emu:edu, pci:DDDD:BB:DD.F",
+)
+def command(
+    kills: int, seed: int, json_file: Path | None, only: tuple[str, ...], target: str | None
+) -> None:
     chosen = [policy for policy in ORDER if not only or policy in only]
-    click.echo(
-        f"{kills} client processes per policy are SIGKILLed while an emulated card (emu:xdma) "
-        "writes into their memory.\nVictim processes take the freed frames and check every byte. "
-        "The policy 'release'\nis the negative control: the same code, the release guard removed.\n"
-    )
+    if target is not None:
+        target = str(Target.parse(target))
+        chosen = _possible(target, chosen)
+    _introduce(kills, target, control=target is None or Policy.RELEASE in chosen)
     outcomes = []
     for policy in chosen:
-        outcomes.append(run_policy(policy, kills, seed, _progress(policy, kills)))
+        progress = _progress(policy, kills)
+        if target is None:
+            outcomes.append(run_policy(policy, kills, seed, progress))
+        else:
+            outcomes.append(edu_campaign.run_policy(policy, target, kills, seed, progress))
         _end_progress()
     told = {"seed": seed, "policies": [outcome.to_json() for outcome in outcomes]}
     if json_file is not None:
@@ -42,12 +56,50 @@ def command(kills: int, seed: int, json_file: Path | None, only: tuple[str, ...]
     _table(outcomes)
     for outcome in outcomes:
         click.echo(sentence(outcome))
-    problems = [problem for outcome in outcomes for problem in judge(outcome)]
+    hits = HITS if target is None else edu_campaign.HITS
+    problems = [problem for outcome in outcomes for problem in judge(outcome, hits)]
     for problem in problems:
         click.echo(f"FAILED: {problem}")
     if problems:
         sys.exit(1)
-    click.echo("\nAs it should be: only the negative control corrupts.")
+    if target is None or Policy.RELEASE in chosen:
+        click.echo("\nAs it should be: only the negative control corrupts.")
+    else:
+        click.echo("\nAs it should be: nothing was corrupted.")
+
+
+def _possible(target: str, chosen: list[Policy]) -> list[Policy]:
+    """Leave out, and say so, the control that could show nothing on this target."""
+    possible = edu_campaign.policies(target)
+    if Policy.RELEASE in chosen and Policy.RELEASE not in possible:
+        why = (
+            "it would let the device\nwrite into memory of this machine. It runs in the lab only."
+            if Target.parse(target).options.get("backend") == "uio"
+            else "behind a strict IOMMU memory that was unmapped\ncannot be reached, even without "
+            "the guard, so it would show nothing."
+        )
+        click.echo(f"The negative control 'release' is left out: {why}\n")
+    left = [policy for policy in chosen if policy in possible]
+    if not left:
+        raise UsageError("no policy is left to run", operation="demo", target=target)
+    return left
+
+
+def _introduce(kills: int, target: str | None, *, control: bool) -> None:
+    if target is None:
+        card, victims = "an emulated card (emu:xdma)", "Victim processes take the freed frames"
+    else:
+        card, victims = f"{target} (edu)", "Victim processes take memory in its place"
+    told = (
+        f"{kills} client processes per policy are SIGKILLed while {card} "
+        f"writes into their memory.\n{victims} and check every byte."
+    )
+    if control:
+        told += (
+            " The policy 'release'\nis the negative control: the same code, the release guard "
+            "removed."
+        )
+    click.echo(f"{told}\n")
 
 
 def _progress(policy: Policy, kills: int) -> Callable[[int], None]:
@@ -68,8 +120,11 @@ def _end_progress() -> None:
         click.echo(err=True)
 
 
-def judge(outcome: Outcome) -> list[str]:
-    """What is wrong with an outcome; empty if it is as it should be."""
+def judge(outcome: Outcome, hits: float = HITS) -> list[str]:
+    """What is wrong with an outcome; empty if it is as it should be.
+
+    ``hits`` is the share of the kills that must have hit a transfer.
+    """
     if outcome.policy == Policy.RELEASE:
         return [] if outcome.corrupted else ["the negative control did not corrupt anything"]
     problems = [
@@ -80,7 +135,7 @@ def judge(outcome: Outcome) -> list[str]:
         )
         if getattr(outcome, name)
     ]  # fmt: skip
-    if outcome.mid_dma_kills < 0.8 * outcome.kills:
+    if outcome.mid_dma_kills < hits * outcome.kills:
         problems.append(f"{outcome.policy}: only {outcome.mid_dma_kills} kills hit a transfer")
     completed = outcome.completed_after_death
     if outcome.policy == Policy.DRAIN and completed < 0.9 * outcome.mid_dma_kills:
