@@ -93,6 +93,15 @@ class LeaseClient:
             self._flush_later()
             return self._ask(message, fds)
 
+    def _tell(self, message: wire.Message) -> None:
+        """Send something that is not answered."""
+        with self._lock:
+            self._require_open()
+            try:
+                packets.send(self._sock, wire.encode(message), ())
+            except OSError as error:
+                raise self._lost("the keeper hung up", error.errno) from error
+
     def _ask(self, message: wire.Message, fds: Sequence[int] = ()) -> tuple[wire.Reply, list[int]]:
         self._seq += 1
         packet = _packet(_with_seq(message, self._seq))
@@ -262,7 +271,7 @@ class LeaseClient:
             raise
         finally:
             close_all(fds)
-        self.request(wire.PinDone(pin=here.pin))
+        self._tell(wire.PinDone(pin=here.pin))
         return here.pin, here.iova + first, "in place"
 
     def unpin(self, pin: int, *, later: object | None) -> None:

@@ -293,8 +293,10 @@ class Session:
         self.connection.send(here, [context.fd])
 
     async def _pin_done(self, request: wire.PinDone, _: list[int]) -> None:
-        self.desk.confirm_pin(self.lease, request.pin)
-        self.connection.send(wire.Done(seq=request.seq))
+        try:
+            self.desk.confirm_pin(self.lease, request.pin)
+        except UsageError as error:  # nobody waits for an answer
+            raise ProtocolError(error.what, operation="pin") from error
 
     async def _unpin(self, request: wire.Unpin, _: list[int]) -> None:
         await self.desk.unpin(self.lease, request.pin)

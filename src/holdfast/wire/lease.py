@@ -86,7 +86,7 @@ class Pin(Message, frozen=True):
 
 
 class PinDone(Message, frozen=True):
-    """The client has mapped what :class:`PinHere` reserved."""
+    """The client has mapped what :class:`PinHere` reserved. Not answered."""
 
     pin: U63
 
