@@ -128,6 +128,7 @@ def test_garbage_ends_that_connection_only(xdma: Stack, noise: list[bytes], poli
 MESSAGES = st.one_of(
     st.builds(wire.Hello, version=st.just(wire.VERSION)),
     st.builds(wire.Open, channels=st.sampled_from([None, 0, 1, 64])),
+    st.builds(wire.PinDone, pin=st.integers(0, 4)),
     st.builds(wire.TakeSlab, nbytes=st.sampled_from([0, 1, 4097, 1 << 40, (1 << 63) - 1])),
     st.builds(wire.GiveSlab, slab=st.integers(0, 5)),
     st.builds(
@@ -273,6 +274,14 @@ def test_somebody_elses_memory_cannot_be_pinned(xdma: Stack) -> None:
                 assert refusal(client, pin, [fd]) == BadBuffer.__name__
             finally:
                 os.close(fd)
+
+
+def test_confirming_a_pin_that_was_never_reserved_ends_the_connection(xdma: Stack) -> None:
+    with raw(xdma) as client:
+        client.open(channels=0)
+        client.send(wire.PinDone(pin=77))
+        assert client.hung_up()
+    still_serves(xdma)
 
 
 def test_register_blocks_outside_of_their_region_are_refused(xdma: Stack) -> None:

@@ -42,6 +42,7 @@ REQUESTS: st.SearchStrategy[wire.Message] = st.one_of(
     st.builds(wire.TakeSlab, seq=SEQ, nbytes=U63),
     st.builds(wire.GiveSlab, seq=SEQ, slab=U63),
     st.builds(wire.Pin, seq=SEQ, address=U63, nbytes=U63, writable=st.booleans()),
+    st.builds(wire.PinDone, seq=SEQ, pin=U63),
     st.builds(wire.Unpin, seq=SEQ, pin=U63),
     st.builds(
         wire.RegionRead,
@@ -63,8 +64,8 @@ REQUESTS: st.SearchStrategy[wire.Message] = st.one_of(
 def test_every_request_type_is_covered_here() -> None:
     named = {kind.__name__ for kind in get_args(wire.Request)}
     assert named == {
-        "Hello", "Open", "TakeSlab", "GiveSlab", "Pin", "Unpin", "RegionRead", "RegionWrite",
-        "Command", "Unmask", "Regrant", "Reset", "Ps", "Close",
+        "Hello", "Open", "TakeSlab", "GiveSlab", "Pin", "PinDone", "Unpin", "RegionRead",
+        "RegionWrite", "Command", "Unmask", "Regrant", "Reset", "Ps", "Close",
     }  # fmt: skip
 
 
