@@ -9,11 +9,14 @@ which on an edu device takes what is left of its 100 ms, and then unmaps, unpins
 Choice. Both die in the same way, with the same memory mapped and a transfer just posted, in turns.
 The keeper's times come from its log; the kernel's are seen from outside, as pins that are gone
 (``nr_foll_pin_released``) and as a group that opens again. A pin in place and the bare ioctl are
-measured in one process, on the same memory, in turns. All clocks are CLOCK_MONOTONIC.
+measured in one process, on the same memory, in turns; with huge pages the ioctl has little to do,
+so that the keeper's two round trips weigh more. All clocks are CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import signal
 import statistics
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 import holdfast
 from holdfast import backends
@@ -41,7 +45,7 @@ from holdfast.torture.outside import settle
 from holdfast.values import Iova, Perm, Target
 from holdfast.wire import lease as wire
 
-FIGURES = ("kill_to_quiet", "quiet_to_released", "pin_256m")
+FIGURES = ("kill_to_quiet", "quiet_to_released", "pin_256m", "pin_256m_huge")
 MAPPED = 64 << 20
 """Bytes of memory that each of the dying has mapped."""
 PINNED = 256 << 20
@@ -51,7 +55,10 @@ MS = 1e-6
 """Milliseconds in a nanosecond."""
 SLOWER = 1.05
 """How many times as long as the bare ioctl a pin may take."""
+DMA_BITS = "39"
+"""Address bits for pins: as many as every IOMMU translates."""
 _TOLD = struct.Struct("<QQ")
+_PAIR = struct.Struct("<dd")
 
 
 @dataclass(slots=True)
@@ -95,9 +102,10 @@ def run_hardware(
     if chosen & {"kill_to_quiet", "quiet_to_released"}:
         say("deaths")
         found += _death_figures(_deaths(target, rounds))
-    if "pin_256m" in chosen:
-        say("pin_256m")
-        found.append(_pin_figure(*_pins(parsed, rounds)))
+    for name, huge in (("pin_256m", False), ("pin_256m_huge", True)):
+        if name in chosen:
+            say(name)
+            found.append(_pin_figure(name, *_pins(parsed, rounds, huge=huge)))
     return [result for result in found if result.name in chosen]
 
 
@@ -226,17 +234,15 @@ def _death_figures(deaths: Deaths) -> list[Result]:
 # -- pins ------------------------------------------------------------
 
 
-def _pins(target: Target, rounds: int) -> tuple[list[float], list[float]]:
+def _pins(target: Target, rounds: int, *, huge: bool) -> tuple[list[float], list[float]]:
     """Seconds of ``Device.pin``, and of the bare ioctl on the same memory."""
     # An edu device has 28 address bits, which are too few; no transfer runs here.
-    options = "&".join(
-        f"{key}={value}" for key, value in {**target.options, "dma_bits": "39"}.items()
-    )
-    wide = f"{target.scheme}:{target.bdf}?{options}"
+    options = {**target.options, "dma_bits": DMA_BITS}
+    wide = f"pci:{target.bdf}?" + "&".join(f"{key}={value}" for key, value in options.items())
 
     def body(_: int, writing: int) -> None:
         with holdfast.open(wide, access="exclusive", timeout=OPEN_TIMEOUT) as card:
-            memory = np.ones(PINNED, np.uint8)
+            memory = _memory(huge=huge)
             for _ in range(rounds + 1):
                 begun = time.perf_counter()
                 pin = card.pin(memory)
@@ -244,18 +250,31 @@ def _pins(target: Target, rounds: int) -> tuple[list[float], list[float]]:
                 if pin.how != "in place":
                     raise NotSupported(f"it is {pin.how}", operation="bench pin", target=wide)
                 pin.free()
-                os.write(writing, struct.pack("<dd", own, _bare_pin(card, memory)))
+                os.write(writing, _PAIR.pack(own, _bare_pin(card, memory)))
 
     with edu_scene.WarmStack(wide):
         child = spawn(body)
-        told = child.read(16 * (rounds + 1), 10 * PATIENCE)
-        if child.reap() != 0 or len(told) != 16 * (rounds + 1):
+        told = child.read(_PAIR.size * (rounds + 1), 10 * PATIENCE)
+        if child.reap() != 0 or len(told) != _PAIR.size * (rounds + 1):
             raise HoldfastError("a pin failed", operation="bench pin", target=wide)
-    pairs = list(struct.iter_unpack("<dd", told))[1:]  # the first one also warms up
+    pairs = list(_PAIR.iter_unpack(told))[1:]  # the first one also warms up
     return [own for own, _ in pairs], [bare for _, bare in pairs]
 
 
-def _bare_pin(card: holdfast.Device, memory: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> float:
+def _memory(*, huge: bool) -> npt.NDArray[np.uint8]:
+    """Anonymous memory in pages of 4 KiB, or in huge ones where the kernel has some."""
+    memory = mmap.mmap(-1, PINNED, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a kernel without huge pages
+            raise
+    array = np.frombuffer(memory, np.uint8)
+    array[:] = 1
+    return array
+
+
+def _bare_pin(card: holdfast.Device, memory: npt.NDArray[np.uint8]) -> float:
     """Seconds of the ioctl alone, where the keeper made room; undone before this returns."""
     if not isinstance(card.lease, LeaseClient):
         raise NotSupported("no lease of a keeper", operation="bench pin")
@@ -282,9 +301,9 @@ def _bare_pin(card: holdfast.Device, memory: np.ndarray[tuple[int], np.dtype[np.
     return taken
 
 
-def _pin_figure(own: Sequence[float], bare: Sequence[float]) -> Result:
+def _pin_figure(name: str, own: Sequence[float], bare: Sequence[float]) -> Result:
     return Result(
-        "pin_256m",
+        name,
         statistics.median(own) * 1e3,
         "ms",
         statistics.median(bare) / statistics.median(own),

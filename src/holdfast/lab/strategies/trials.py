@@ -57,6 +57,7 @@ class Trial(msgspec.Struct, frozen=True):
     got_frame: bool
     foreign_words: int
     stamped: bool
+    pages: int
     arrived: bool
     stuck: bool
     refused: int
