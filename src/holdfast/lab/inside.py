@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import signal
 import sys
 import time
@@ -27,6 +28,9 @@ RESULTS: Final = Path("/results")
 PCI: Final = Path("/sys/bus/pci")
 WARM: Final = ("numpy", "holdfast", "hypothesis")
 """Imported once, for everything that is forked."""
+DEADLINE: Final = 600.0
+"""Seconds for a file."""
+GRACE: Final = 10.0
 PATIENCE: Final = 20.0
 """Seconds for a process to be gone and a function to be back."""
 _POLL: Final = 0.05
@@ -52,8 +56,7 @@ def main(arguments: Sequence[str]) -> int:
             status = int(pytest.main(["-q", "-p", "no:cacheprovider", report, *options, file]))
             sys.stdout.flush()
             os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        status = 128 - status if status < 0 else status
+        status = wait(pid, file)
         if status not in (0, _NO_TESTS):
             worst = worst or status
             say(f"{file}: status {status}")
@@ -62,9 +65,28 @@ def main(arguments: Sequence[str]) -> int:
     return worst
 
 
+def wait(pid: int, file: str) -> int:
+    """The exit status of the process that runs a file, which is killed when it takes too long.
+
+    SIGABRT first: pytest's fault handler then prints where each thread is.
+    """
+    pidfd = os.pidfd_open(pid)
+    try:
+        for last, number in ((DEADLINE, signal.SIGABRT), (GRACE, signal.SIGKILL)):
+            if select.select([pidfd], [], [], last)[0]:
+                break
+            say(f"{file} still runs after {last:.0f} s; {number.name}")
+            os.kill(pid, number)
+    finally:
+        os.close(pidfd)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return 128 - status if status < 0 else status
+
+
 def say(text: str) -> None:
     """A line of our own among the tests' output."""
     sys.stdout.write(f"lab: {text}\n")
+    sys.stdout.flush()
 
 
 def processes() -> set[int]:

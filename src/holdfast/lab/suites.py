@@ -189,6 +189,8 @@ def run_scenario(
     command = ["python3", "-m", "holdfast.lab.inside", *files_of(scenario), "--"]
     # Of the older form of reports, because that takes a test's own properties.
     command += ["-o", "junit_family=xunit1", "--durations=5"]
+    # A test that hangs says where, long before its file is ended.
+    command += ["-o", "faulthandler_timeout=180"]
     command += ["-k", keyword] if keyword else []
     status = run(
         scenario.guest,

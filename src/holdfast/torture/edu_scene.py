@@ -197,8 +197,12 @@ def give_lifeline(sock: socket.socket, card: Device) -> None:
     socket.send_fds(sock, [b"x"], [card.lease.fileno()])
 
 
-def take_descriptor(sock: socket.socket) -> int:
-    """What another process handed over, close-on-exec; the caller closes it."""
+def take_descriptor(sock: socket.socket, timeout: float = 60.0) -> int:
+    """What another process handed over, close-on-exec; the caller closes it.
+
+    Raises TimeoutError if nothing comes within ``timeout`` seconds.
+    """
+    sock.settimeout(timeout)
     _, fds, _, _ = socket.recv_fds(sock, 1, 1)
     if len(fds) != 1:
         raise HoldfastError("no descriptor came", operation="take descriptor")

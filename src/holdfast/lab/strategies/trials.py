@@ -30,7 +30,7 @@ from holdfast.kernel import pci_sysfs
 from holdfast.kernel.pci_sysfs import SYSFS, PciFunction, device_path
 from holdfast.kernel.sysfs_writes import Write, carry_out
 from holdfast.lab.strategies.report import Boot, Observation
-from holdfast.lab.strategies.rows import Event, Machine, Row, Setting, rows_of
+from holdfast.lab.strategies.rows import Event, Machine, Row, Setting, Verdict, rows_of
 
 EDU: Final = (0x1234, 0x11E8)
 DRIVERS: Final = {Setting.VFIO: "vfio-pci", Setting.UIO: "uio_pci_generic"}
@@ -188,7 +188,10 @@ def _set_domain(group: int | None, kind: str | None) -> None:
 def observe(
     programs: Path, row: Row, event: Event, function: PciFunction, trials: int
 ) -> Observation:
-    """Run one cell: as many trials as wanted that can be judged, or as far as patience goes."""
+    """Run one cell: as many trials as wanted that can be judged, or as far as patience goes.
+
+    Where corruption is expected, that much patience also goes into seeing it once.
+    """
     if row.program == "demo":
         return _observe_holdfast(row, event, function)
     seen: list[Trial] = []
@@ -198,7 +201,8 @@ def observe(
         if isinstance(found, str):
             return Observation(row=row.number, event=event, trials=1, counted=0, absent=found)
         seen.append(found)
-        if sum(one.counts for one in seen) == trials:
+        shown = any(one.foreign_words for one in seen) or not _must_corrupt(row, event)
+        if shown and sum(one.counts for one in seen) >= trials:
             break
     counted = [one for one in seen if one.counts]
     return Observation(
@@ -213,6 +217,10 @@ def observe(
         refused=sum(one.refused > 0 for one in counted),
         error=max((one.refused for one in counted), default=0),
     )
+
+
+def _must_corrupt(row: Row, event: Event) -> bool:
+    return row.expected(event) is Verdict.CORRUPTED
 
 
 def _trial(
