@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Strategy: pages that a driver allocates and maps into the application.
  *
- * A driver of the mainline kernel that does just this: packet sockets. The receive ring is allocated by
+ * A mainline driver that does just this: packet sockets. The receive ring is allocated by
  * the kernel and mapped page by page (net/packet/af_packet.c: alloc_pg_vec, packet_mmap) and lives
  * as long as the socket. The mapping counts as a user of the file, so munmap and death end in
  * the order one wants: mapping first, release afterwards. What release then does is the driver's

@@ -120,7 +120,7 @@ NO_MOVE: Final = "the kernel moves neither a driver's pages nor huge pages this 
 NO_HOLE: Final = "a driver's pages are no page cache"
 AS_ABOVE: Final = "the keeper's mistake comes after the application's end, however it ended"
 AS_ROW_2: Final = "as in row 2; this row is about the release"
-OWN_TESTS: Final = "the memory is the keeper's file, pinned, as in rows 8 and 14; tests cover it"
+OWN_TESTS: Final = "the memory is the keeper's file, pinned, as in rows 8 and 15; tests cover it"
 BLOCKED: Final = "the IOMMU refuses the transfer, so there is nothing to be seen"
 AS_ROW_1: Final = "as in row 1, because the IOMMU passes everything through"
 

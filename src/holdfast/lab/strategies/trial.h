@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* One trial: an application with a running transfer meets its fate, an innocent process gets memory.
+/* One trial: an application with a running transfer meets its fate, an innocent gets memory.
  *
  * The program is the *harness*. Where a strategy has a keeper, the harness is also the keeper;
  * where it has none, the harness holds nothing of the application's. It starts
@@ -16,7 +16,7 @@
  * A trial counts only if the innocent had filled its memory within the card's 100 ms: then
  * any foreign word was written by the card afterwards. All processes run on CPU 0, because freed
  * frames go to the list of the CPU that freed them, last in, first out (mm/page_alloc.c,
- * free_unref_page); the innocent takes a second helping on CPU 1, where the OOM reaper may have run.
+ * free_unref_page). The innocent takes a second helping on CPU 1: the OOM reaper may have run there.
  */
 #ifndef TRIAL_H
 #define TRIAL_H
@@ -119,8 +119,8 @@ static void look(struct area area, uint32_t stamp, struct answer *a)
 		a->stamped |= has_stamp(area.memory + i * PAGE / 4, stamp);
 }
 
-/* Each CPU holds on to the frames that it handled last, in small batches (mm/swap.c, mm/mlock.c), also
- * when nobody else does any more. Any mlock empties them; this one takes no frame for itself. */
+/* Each CPU holds on to the frames that it handled last, in small batches (mm/swap.c, mm/mlock.c),
+ * even if nobody else does. Any mlock empties them; this one takes no frame for itself. */
 static void empty_batches(void)
 {
 	char *page = private_memory(PAGE);
@@ -197,7 +197,7 @@ static void ring(struct trial *t, const void *page, uint64_t bus_address, pid_t 
 }
 
 /* Private memory is copied on write: the parent writes first, so the parent gets the copy, and the
- * frame that the card knows is left to the child, or to nobody. The child is the innocent process. */
+ * frame that the card knows is left to the child, or to nobody. The child is the innocent. */
 static void fork_and_write(struct trial *t, char *page)
 {
 	static const struct strategy none;
@@ -308,7 +308,8 @@ static void prime_physical(struct trial *t)
 
 /* Until the event is over: death is reaped, exec has closed the pipe, a call has said so.
  * Exec closes descriptors in ascending order and releases their files in the opposite one
- * (fs/file.c, do_close_on_exec; kernel/task_work.c, task_work_run): the pipe, opened first, goes last.
+ * (fs/file.c, do_close_on_exec; kernel/task_work.c, task_work_run): the pipe, opened first, goes
+ * last.
  * Returns the errno of a call that was refused. */
 static int await_event(struct trial *t)
 {
@@ -380,7 +381,7 @@ static int judge(struct trial *t, const struct strategy *s)
 	}
 	close(t->report);
 	if (!get(t->read_report, &rung, sizeof rung)) {
-		int status; /* the application could not be what its strategy asks for; it has said why */
+		int status; /* the application could not play its part; it has said why */
 		MUST(waitpid(application, &status, 0));
 		exit(WIFEXITED(status) ? WEXITSTATUS(status) : 3);
 	}
@@ -396,10 +397,11 @@ static int judge(struct trial *t, const struct strategy *s)
 	need(t->read_answer, &a, sizeof a);
 	if (s->arrived)
 		arrived |= s->arrived(t);
-	printf("{\"in_time\": %d, \"got_frame\": %d, \"foreign_words\": %d, \"stamped\": %d, "
-	       "\"pages\": %d, \"arrived\": %d, \"stuck\": %d, \"refused\": %d, \"event_ms\": %.1f, \"filled_ms\": %.1f}\n",
-	       a.filled - rung.at < WINDOW_MS && a.pages >= ENOUGH, a.got, a.foreign, a.stamped, a.pages, arrived, t->stuck, refused,
-	       over.at - rung.at, a.filled - rung.at);
+	printf("{\"in_time\": %d, \"got_frame\": %d, \"foreign_words\": %d, \"stamped\": %d, ",
+	       a.filled - rung.at < WINDOW_MS && a.pages >= ENOUGH, a.got, a.foreign, a.stamped);
+	printf("\"pages\": %d, \"arrived\": %d, \"stuck\": %d, \"refused\": %d, ",
+	       a.pages, arrived, t->stuck, refused);
+	printf("\"event_ms\": %.1f, \"filled_ms\": %.1f}\n", over.at - rung.at, a.filled - rung.at);
 	clean_up(t, application);
 	return 0;
 }
