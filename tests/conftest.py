@@ -15,10 +15,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from holdfast.keeper import embedded
 from holdfast.kernel import procfs
 from holdfast.torture.stack import Stack
+
+# How long an example takes says more about the machine's other work than about what is tested.
+settings.register_profile("holdfast", deadline=None)
+settings.load_profile("holdfast")
 
 SETTLE = 5.0
 """Seconds in which an ended process must really be gone."""
