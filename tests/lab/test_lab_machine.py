@@ -150,8 +150,8 @@ def test_processor_and_accelerator_fit_the_emulator() -> None:
         line = qemu.arguments(emulator, Guest(), BOOT)
         return line[line.index("-accel") + 1], line[line.index("-cpu") + 1]
 
-    assert processor(OWN) == ("tcg,thread=multi", "max")
-    assert processor(replace(OWN, own=False)) == ("tcg,thread=multi", "max,-cx16")
+    assert processor(OWN) == ("tcg,thread=single", "max")
+    assert processor(replace(OWN, own=False)) == ("tcg,thread=single", "max,-cx16")
     assert processor(replace(OWN, kvm=True)) == ("kvm", "host")
 
 

@@ -192,7 +192,9 @@ def arguments(emulator: Emulator, guest: Guest, boot: Boot) -> list[str]:
     if emulator.kvm:
         line += ["-accel", "kvm", "-cpu", "host"]
     else:
-        line += ["-accel", "tcg,thread=multi"]
+        # Guest time is counted in instructions, 4 ns each. On a busy host 100 ms of a card's time
+        # would else pass while the guest's processors wait for theirs.
+        line += ["-accel", "tcg,thread=single", "-icount", "shift=2,sleep=on"]
         line += ["-cpu", "max" if emulator.own else "max,-cx16"]
     if emulator.own:
         # Not in all versions that hosts have.

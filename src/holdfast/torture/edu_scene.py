@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,15 @@ def give_lifeline(sock: socket.socket, card: Device) -> None:
     if not isinstance(card.lease, LeaseClient):
         raise UsageError("no lease of a keeper", operation="give lifeline")
     socket.send_fds(sock, [b"x"], [card.lease.fileno()])
+
+
+def device_among(descriptors: Sequence[int]) -> int:
+    """The one that is a VFIO device's: anonymous from a group, with a name from iommufd."""
+    for fd in descriptors:
+        link = os.readlink(f"/proc/self/fd/{fd}")
+        if "vfio-device" in link or link.startswith("/dev/vfio/devices/"):
+            return fd
+    raise UsageError("none is a VFIO device", operation="find device descriptor")
 
 
 def take_descriptor(sock: socket.socket, timeout: float = 60.0) -> int:

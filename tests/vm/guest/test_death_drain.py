@@ -142,7 +142,7 @@ def open_and_keep(target: str) -> tuple[Device, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opening, "close_all", kept.extend)
         card = holdfast.open(target, access="exclusive", timeout=PATIENCE)
-    return card, next(fd for fd in kept if "vfio-device" in os.readlink(f"/proc/self/fd/{fd}"))
+    return card, scene.device_among(kept)
 
 
 def _end(child: Child) -> None:

@@ -124,8 +124,7 @@ def open_and_keep(target: str) -> tuple[Device, Mapping]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opening, "close_all", kept.extend)
         card = opened(target)
-    device = next(fd for fd in kept if "vfio-device" in os.readlink(f"/proc/self/fd/{fd}"))
-    return card, Mapping(device, regs.BAR_SIZE)
+    return card, Mapping(scene.device_among(kept), regs.BAR_SIZE)
 
 
 def test_what_an_orphan_with_the_registers_posts_does_not_reach_the_next_lease(
