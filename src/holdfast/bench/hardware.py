@@ -49,7 +49,7 @@ FIGURES = ("kill_to_quiet", "quiet_to_released", "pin_256m", "pin_256m_huge")
 MAPPED = 64 << 20
 """Bytes of memory that each of the dying has mapped."""
 PINNED = 256 << 20
-ROUNDS, QUICK_ROUNDS = 9, 3
+ROUNDS, QUICK_ROUNDS = 9, 2
 PATIENCE = 60.0
 MS = 1e-6
 """Milliseconds in a nanosecond."""

@@ -42,7 +42,7 @@ pytestmark = [
 EXPECTED = set(filter(None, os.environ.get("HOLDFAST_LAB_EXPECT", "").split(",")))
 PATIENCE = 60.0
 """Seconds. An emulated guest on a busy host is slow; nothing here is about speed."""
-ATTEMPTS = 4
+ATTEMPTS = 2
 BIG = 64 << 20
 WINDOW_SLAB = 256 << 10
 OFFSET = 5000 * 4096

@@ -40,10 +40,13 @@ FROM_CARD = 0xA5
 OWN = 0x11
 
 
-@pytest.fixture(params=["type1-root", "type1-port", "iommufd-root", "iommufd-port"])
-def target(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["type1", "iommufd"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def target_of(backend: str, where: str) -> str:
     """An edu by one backend: without a reset on the root bus, with one behind a root port."""
-    backend, _, where = str(request.param).partition("-")
     for found in scene.edus():
         here = "root" if found.bdf.bus == 0 else "port" if found.reset_methods else ""
         if here == where and scene.alone(found) and backend in scene.offered(found):
@@ -64,7 +67,7 @@ def posting_client(target: str) -> Child:
         scene.post_from(card.bars[regs.BAR].registers, int(buffer.iova), COUNT)
         while scene.busy(card.bars[regs.BAR].registers):
             time.sleep(0.001)
-        buffer.array[:] = OWN
+        buffer.array[:COUNT] = OWN
         os.write(writing, b"r")
         scene.post_to(card.bars[regs.BAR].registers, int(buffer.iova), COUNT)
         signal.pause()
@@ -74,10 +77,13 @@ def posting_client(target: str) -> Child:
     return child
 
 
-@pytest.mark.parametrize("first", ["keeper", "client"])
+@pytest.mark.parametrize(
+    ("where", "first"), [("root", "keeper"), ("root", "client"), ("port", "keeper")]
+)
 def test_without_keeper_and_client_the_kernel_lets_go_in_the_right_order(
-    target: str, first: str
+    backend: str, where: str, first: str
 ) -> None:
+    target = target_of(backend, where)
     pins, free = scene.outstanding_pins(), procfs.meminfo()["MemFree"]
     with scene.WarmStack(target) as stack:
         client = posting_client(target)
