@@ -36,11 +36,11 @@ test: .venv/.installed-test
 
 # A guest runs on one thread, and its time is counted in instructions: two do not disturb each other.
 test-lab: .venv/.installed-test lab-tools
-	@$(BIN)/pytest -q -n 2 -m "lab and not full_kernel" tests/vm
+	@$(BIN)/pytest -q -n 2 --dist loadgroup -m "lab and not full_kernel" tests/vm
 
 test-lab-full: .venv/.installed-test lab-tools lab-kernel-tools
 	@$(BIN)/holdfast lab kernel
-	$(BIN)/pytest -q -n 2 -m "lab and full_kernel" tests/vm
+	$(BIN)/pytest -q -n 2 --dist loadgroup -m "lab and full_kernel" tests/vm
 
 # Guests are made of Debian packages by mmdebstrap. Without it (and without root to install it) the
 # tests that need a guest skip, and say so.

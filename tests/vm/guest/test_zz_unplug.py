@@ -42,7 +42,7 @@ def test_an_unplugged_function_goes_when_its_keeper_has_let_go() -> None:
     if not pluggable or not places:
         if EXPECTED and "no-iommu" not in os.environ.get("HOLDFAST_LAB_SCENARIO", ""):
             pytest.fail("no edu behind a port, though it is expected here")
-        pytest.skip("no edu behind a port here")
+        pytest.skip("no edu behind a root port here")
     found = pluggable[0]
     target = f"pci:{found.bdf}"
 
