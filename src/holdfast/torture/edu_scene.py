@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import holdfast
 from holdfast.device import Device
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.keeper import embedded
@@ -28,6 +31,7 @@ from holdfast.kernel.pci_sysfs import PciFunction
 from holdfast.regs import edu as regs
 from holdfast.regs.view import RegisterView
 from holdfast.torture.actors import Child, spawn
+from holdfast.torture.edu_actors import engine_of
 from holdfast.torture.stack import STOP_TIMEOUT, Stack
 from holdfast.values import Target
 
@@ -35,6 +39,8 @@ DEV = Path("/dev")
 VMSTAT = Path("/proc/vmstat")
 SLAB_NAME = "holdfast-"
 """In the names of the keeper's files, in memory and in hugetlbfs."""
+_CARRIED = regs.BUFFER_SIZE - 64
+"""Bytes: all QEMU versions take so much of edu's buffer."""
 STAT_REFRESH = Path("/proc/sys/vm/stat_refresh")
 
 
@@ -183,6 +189,26 @@ def _post(bar: RegisterView, source: int, destination: int, nbytes: int, way: in
 def busy(bar: RegisterView) -> bool:
     """Whether a transfer is under way."""
     return bool(bar.read(regs.DMA_COMMAND) & regs.DmaCommand.START)
+
+
+def there_and_back(target: str, seed: int, timeout: float) -> bool:
+    """Whether random bytes go to the card and come back the same, for a client of its own.
+
+    Needs the whole function; waits up to ``timeout`` seconds for it, and for each transfer.
+    """
+
+    def body(_: int, writing: int) -> None:
+        with holdfast.open(target, access="exclusive", timeout=timeout) as card:
+            engine = engine_of(card)
+            source, into = (card.alloc(_CARRIED, align=4096) for _ in range(2))
+            source.array[:] = np.random.default_rng(seed).integers(0, 256, _CARRIED, np.uint8)
+            engine.to_card(source).wait(timeout)
+            engine.from_card(into).wait(timeout)
+            os.write(writing, b"=" if np.array_equal(source.array, into.array) else b"!")
+
+    child = spawn(body)
+    told = child.read(1, timeout)
+    return child.reap() == 0 and told == b"="
 
 
 # -- lifelines ------------------------------------------------------------

@@ -102,27 +102,9 @@ def test_without_keeper_and_client_the_kernel_lets_go_in_the_right_order(
         missing = settle(lambda: missing_since(free), goal=BIG // 2, timeout=PATIENCE)
         assert missing <= BIG // 2, "the memory did not come back"
     with scene.WarmStack(target):
-        assert there_and_back(target)
+        assert scene.there_and_back(target, 7, PATIENCE)
 
 
 def missing_since(free: int) -> int:
     """Bytes of free memory that there were before, and are not now."""
     return max(0, free - procfs.meminfo()["MemFree"])
-
-
-def there_and_back(target: str) -> bool:
-    """Random bytes go to the card and come back the same."""
-
-    def body(_: int, writing: int) -> None:
-        with holdfast.open(target, access="exclusive", timeout=PATIENCE) as card:
-            assert isinstance(card.dma, EduEngine)
-            source, into = card.alloc(COUNT, align=4096), card.alloc(COUNT, align=4096)
-            source.array[:] = np.random.default_rng(7).integers(0, 256, COUNT, np.uint8)
-            card.dma.to_card(source).wait(PATIENCE)
-            card.dma.from_card(into).wait(PATIENCE)
-            os.write(writing, b"=" if np.array_equal(source.array, into.array) else b"!")
-
-    child = spawn(body)
-    told = child.read(1, PATIENCE)
-    assert child.reap() == 0
-    return told == b"="

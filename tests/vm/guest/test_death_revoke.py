@@ -228,20 +228,7 @@ def contents(stack: scene.WarmStack) -> np.ndarray[tuple[int], np.dtype[np.uint8
 
 def work_there_and_back(stack: scene.WarmStack) -> None:
     """The next lease of the whole function finds bus mastering on, and its own bytes only."""
-
-    def body(_: int, writing: int) -> None:
-        with holdfast.open(stack.target, access="exclusive", timeout=PATIENCE) as card:
-            assert isinstance(card.dma, EduEngine)
-            source, into = card.alloc(COUNT, align=4096), card.alloc(COUNT, align=4096)
-            source.array[:] = np.random.default_rng(1).integers(0, 256, COUNT, np.uint8)
-            card.dma.to_card(source).wait(PATIENCE)
-            card.dma.from_card(into).wait(PATIENCE)
-            os.write(writing, b"=" if np.array_equal(source.array, into.array) else b"!")
-
-    child = spawn(body)
-    told = child.read(1, PATIENCE)
-    assert child.reap() == 0
-    assert told == b"="
+    assert scene.there_and_back(stack.target, 1, PATIENCE)
 
 
 def test_a_write_that_comes_after_all_reaches_no_next_tenant(
