@@ -20,7 +20,7 @@ LONGEST = 450
 
 LAYERS: list[list[set[str]]] = [
     # Each layer is a list of rooms, each room the set of modules and packages in it.
-    [{"errors", "values"}],
+    [{"errors", "values", "steps"}],
     [{"uapi"}, {"regs.spec"}],
     [{"regs"}, {"wire"}, {"kernel"}, {"loading"}],
     [{"pci"}, {"dma"}],
