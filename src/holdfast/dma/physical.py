@@ -14,7 +14,8 @@ registered buffer of an io_uring (``kernel.io_uring``). Against the keeper's dea
 name: the file stays, and with it the frames, until the next keeper finds it (:meth:`leftovers`) and
 has proven that the function is quiet. The name carries boot, function and a number. The keeper maps
 the file to pin it and to ask for addresses, and never touches the mapping: a client could have
-truncated the file under it, which would be a SIGBUS.
+truncated the file under it, which would be a SIGBUS. A successor that was handed the ring has the
+pins, and needs no mapping.
 
 Cost. Whole pages of 2 MiB, taken from a pool that an administrator has to fill. If a client punches
 its file *and* the keeper is killed before the function is quiet, nothing holds the frame any more:
@@ -35,13 +36,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from holdfast.dma.slab import SlabMemory
+from holdfast.dma.slab import Adopted, SlabMemory, flat
 from holdfast.errors import BadBuffer, Closed, OutOfMemory, UsageError
 from holdfast.kernel import hugetlb, memfd, pagemap
 from holdfast.kernel.failure import failure
 from holdfast.kernel.io_uring import LARGEST_PIN, PinTable
 from holdfast.uapi.io_uring import MAX_REG_BUFFERS
-from holdfast.values import Bdf
+from holdfast.values import Bdf, Handover
 
 _NAME: Final = re.compile(r"holdfast-([0-9a-f]{32})-(.{12})-([0-9]{1,18})")
 _LARGEST: Final = 1 << 47
@@ -76,10 +77,12 @@ class PhysicalFiles:
         *,
         dma_bits: int = 64,
         boot: str | None = None,
+        ring: int | None = None,
     ) -> None:
         """Slabs are files in ``directory`` (on hugetlbfs). ``boot`` is for tests.
 
-        Raises NoPermission or NotSupported if no pins can be taken here.
+        ``ring`` has the pins of a predecessor that was killed; it is owned from here on, unless
+        this raises. Raises NoPermission or NotSupported if no pins can be taken here.
         """
         self.directory = directory
         self.dma_bits = dma_bits
@@ -94,7 +97,15 @@ class PhysicalFiles:
         self._next = max(numbers, default=0) + 1
         self._adopting = threading.Lock()
         self._left: list[_Held] | None = None
-        self._pins = PinTable(MAX_REG_BUFFERS)
+        self._stale = ring is not None
+        """Whether the ring may have pins that nobody will claim."""
+        slots = MAX_REG_BUFFERS
+        self._pins = PinTable(slots) if ring is None else PinTable.resume(ring, slots)
+
+    @property
+    def ring(self) -> int:
+        """The descriptor that holds all pins, for a successor. It stays owned here."""
+        return self._pins.fd
 
     @property
     def held_bytes(self) -> int:
@@ -147,7 +158,48 @@ class PhysicalFiles:
                 self._left = self._look_for_leftovers()
             with self._lock:
                 self._left = [held for held in self._left if id(held.memory) in self._held]
+            if self._stale and not self._left:
+                # What is pinned and not held is of slabs that were about to be given back, or that
+                # nobody had heard of yet.
+                self._pins.sweep()
+                self._stale = False
             return [held.memory for held in self._left]
+
+    def describe(self, memory: SlabMemory) -> Handover:
+        held = self._require(memory, "describe slab")
+        notes = {
+            "memory": "physical",
+            "name": held.path.name,
+            "bytes": held.file_size,
+            "extents": flat(memory.extents),
+            "addresses": memory.addresses,
+            "slots": list(held.slots),
+        }
+        return Handover({"slab": memory.fd}, notes)
+
+    def adopt(self, handover: Handover) -> SlabMemory:
+        """Memory of a predecessor whose ring this source has: its pins hold it as it is."""
+        with Adopted(handover, "physical") as found:
+            found.require()
+            name = _NAME.fullmatch(found.text("name"))
+            if not name or (name[1], name[2]) != (self._boot, str(self._bdf)):
+                raise found.wrong(f"{found.text('name')!r} is not of this function and boot")
+            size, slots = found.number("bytes"), found.numbers("slots")
+            addresses = None if found.missing("addresses") else found.numbers("addresses")
+            pinned = [min(LARGEST_PIN, size - at) for at in range(0, size, LARGEST_PIN)]
+            memory = SlabMemory(found.fd("slab"), found.extents(), addresses)
+            if slots and len(slots) != len(pinned):
+                raise found.wrong(f"{len(slots)} pins of {size} bytes")
+            with self._lock:
+                self._require_open()
+                if self._left is not None:
+                    raise UsageError("the leftovers were looked for", operation="adopt memory")
+                self._next = max(self._next, int(name[3]) + 1)
+                self._pins.claim(list(zip(slots, pinned, strict=False)))
+                held = _Held(memory, self.directory / name[0], size, slots=list(slots))
+                self._held[id(memory)] = held
+            found.taken("slab")
+            return memory
 
     def punch(self, memory: SlabMemory) -> None:
         """Unpin, and give the pages back to the kernel; the slab stays taken. Slow."""
@@ -174,6 +226,8 @@ class PhysicalFiles:
             held.path.unlink(missing_ok=True)
         except OSError as error:
             raise failure(error, "remove slab", str(held.path)) from error
+        if self._stale and self._left:
+            self.leftovers()  # it may have been the last one
 
     def close(self) -> None:
         """Drop pins, mappings and descriptors. What is still given out keeps its file. Idempotent.

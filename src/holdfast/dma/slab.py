@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 from holdfast.dma.arena import FramePool
-from holdfast.errors import BadBuffer, Closed, UsageError
+from holdfast.errors import BadBuffer, Closed, ProtocolError, UsageError
 from holdfast.kernel import memfd
 from holdfast.kernel.failure import failure
+from holdfast.values import Handover
 
 FRAME: Final = 4096
 
@@ -74,6 +76,23 @@ class SlabSource(Protocol):
     def recycle(self, memory: SlabMemory) -> None:
         """Make it available again, punched first unless it is already. UsageError the second
         time."""
+        ...
+
+    def describe(self, memory: SlabMemory) -> Handover:
+        """What :meth:`adopt` needs in a successor. The descriptors stay the source's.
+
+        UsageError for memory that is not given out.
+        """
+        ...
+
+    def adopt(self, handover: Handover) -> SlabMemory:
+        """Memory that a predecessor had given out: given out here, from now on.
+
+        Before the first :meth:`take` and :meth:`leftovers`. Takes ownership of ``handover.fds``,
+        also on error. What a predecessor gave out and nobody adopts is free here, or among the
+        leftovers. ProtocolError if it was not described by a source like this one, BadBuffer or
+        UsageError if it cannot be what it says.
+        """
         ...
 
     def close(self) -> None:
@@ -133,6 +152,79 @@ class _Books:
         return left
 
 
+class Adopted:
+    """A handover of memory while it is taken in: closes what was not taken on the way out."""
+
+    def __init__(self, handover: Handover, kind: str) -> None:
+        self._kind = kind
+        self._notes = handover.notes
+        self._fds = dict(handover.fds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def require(self) -> None:
+        """ProtocolError unless it was described by the same kind of source."""
+        if self._notes.get("memory") != self._kind:
+            raise self.wrong(f"memory {self._notes.get('memory')!r}, not {self._kind!r}")
+
+    def fd(self, name: str) -> int:
+        """A descriptor, still owned here: see :meth:`taken`."""
+        try:
+            return self._fds[name]
+        except KeyError:
+            raise self.wrong(f"no descriptor {name!r}") from None
+
+    def taken(self, name: str) -> int:
+        """A descriptor; the caller owns it from now on."""
+        return self._fds.pop(name)
+
+    def missing(self, name: str) -> bool:
+        """Whether a note is null, or not there."""
+        return self._notes.get(name) is None
+
+    def number(self, name: str) -> int:
+        """A note that is a number, 0 or more."""
+        found = self._notes.get(name)
+        if not isinstance(found, int) or found < 0:
+            raise self.wrong(f"{name} is {found!r}")
+        return found
+
+    def text(self, name: str) -> str:
+        """A note that is text."""
+        found = self._notes.get(name)
+        if not isinstance(found, str):
+            raise self.wrong(f"{name} is {found!r}")
+        return found
+
+    def numbers(self, name: str) -> list[int]:
+        """A note that is a list of numbers."""
+        found = self._notes.get(name)
+        if not isinstance(found, list) or not all(isinstance(item, int) for item in found):
+            raise self.wrong(f"{name} is no list of numbers")
+        return found
+
+    def extents(self) -> list[tuple[int, int]]:
+        """The extents: written flat, offset and size by turns."""
+        flat = self.numbers("extents")
+        if not flat or len(flat) % 2:
+            raise self.wrong(f"{len(flat)} numbers are no extents")
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def wrong(self, what: str) -> ProtocolError:
+        """The error for notes that make no sense."""
+        return ProtocolError(f"no memory to adopt: {what}", operation="adopt memory")
+
+
+def flat(extents: Sequence[tuple[int, int]]) -> list[int]:
+    """Extents as :meth:`Adopted.extents` reads them."""
+    return [number for extent in extents for number in extent]
+
+
 class OwnFiles:
     """A sealed memfd for every slab, never used for another one."""
 
@@ -154,6 +246,19 @@ class OwnFiles:
             self._books.require_open()
             fd = memfd.create("holdfast-slab", size)
             return self._books.give(SlabMemory(fd, [(0, size)]))
+
+    def describe(self, memory: SlabMemory) -> Handover:
+        with self._books.lock:
+            self._books.require(memory, "describe slab")
+            return Handover({"slab": memory.fd}, {"memory": "file", "size": memory.size})
+
+    def adopt(self, handover: Handover) -> SlabMemory:
+        with Adopted(handover, "file") as found, self._books.lock:
+            self._books.require_open()
+            found.require()
+            size = found.number("size")
+            memfd.require_sealed(found.fd("slab"), size)
+            return self._books.give(SlabMemory(found.taken("slab"), [(0, size)]))
 
     def punch(self, memory: SlabMemory) -> None:
         self._books.punch(memory)
@@ -180,13 +285,36 @@ class Arena:
 
     granule = FRAME
 
-    def __init__(self, size: int) -> None:
-        if size < FRAME or size % FRAME:
-            raise BadBuffer(f"{size} bytes are no whole frames of {FRAME}", operation="make arena")
+    def __init__(self, size: int, fd: int | None = None) -> None:
+        """A new arena, or a predecessor's: takes ownership of ``fd``, also on error.
+
+        All of it is free until it is taken or adopted. BadBuffer for a size that is no whole frames
+        or not the file's.
+        """
+        try:
+            if size < FRAME or size % FRAME:
+                raise BadBuffer(
+                    f"{size} bytes are no whole frames of {FRAME}", operation="make arena"
+                )
+            if fd is not None:
+                memfd.require_sealed(fd, size)
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
         self.size = size
         self._frames = FramePool(size // FRAME, FRAME)
         self._books = _Books()
-        self.fd = memfd.create("holdfast-arena", size)
+        self.fd = memfd.create("holdfast-arena", size) if fd is None else fd
+
+    @classmethod
+    def resume(cls, fd: int, size: int) -> Self:
+        """Go on with a predecessor's arena. Takes ownership of ``fd``, also on error.
+
+        The function has it mapped still. Frames that are not adopted are free: a predecessor had
+        punched them, or had not told anybody of them.
+        """
+        return cls(size, fd)
 
     @property
     def held_bytes(self) -> int:
@@ -206,6 +334,19 @@ class Arena:
         with self._books.lock:
             self._books.require_open()
             return self._books.give(SlabMemory(self.fd, self._frames.take(size)))
+
+    def describe(self, memory: SlabMemory) -> Handover:
+        with self._books.lock:
+            self._books.require(memory, "describe slab")
+            return Handover({}, {"memory": "arena", "extents": flat(memory.extents)})
+
+    def adopt(self, handover: Handover) -> SlabMemory:
+        with Adopted(handover, "arena") as found, self._books.lock:
+            self._books.require_open()
+            found.require()
+            extents = found.extents()
+            self._frames.claim(extents)
+            return self._books.give(SlabMemory(self.fd, extents))
 
     def punch(self, memory: SlabMemory) -> None:
         self._books.punch(memory)
