@@ -151,6 +151,14 @@ class Driver:
         turned on once the function was seen at rest.
         """
 
+    def resume(self) -> None:
+        """Like :meth:`probe`, for a function that may be at work for leases of a dead keeper.
+
+        Those leases live on with what was granted to them. Learn what the other methods need to
+        know, by reading; change nothing. Here: nothing. Raise
+        :class:`~holdfast.errors.DeviceError` if this is not the function that the driver is for.
+        """
+
     def channels(self) -> int:
         """How many independent channels can be leased apart; 0: only the whole function."""
         return 0
