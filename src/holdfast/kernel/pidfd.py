@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import struct
 from contextlib import ExitStack
@@ -56,6 +57,18 @@ def open_self() -> int:
         raise failure(error, "pidfd_open") from error
 
 
+def open_process(pid: int) -> int:
+    """A pidfd of a process that cannot be reaped meanwhile, close-on-exec. The caller owns it.
+
+    That is a child of this process which nobody waits for, or one that is known to run until its
+    parent is told. SystemFailure (ESRCH) if it was reaped.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise failure(error, "pidfd_open", f"process {pid}") from error
+
+
 def peer_pidfd(sock: socket.socket) -> int | None:
     """A pidfd of the process that connected ``sock``; None if the kernel cannot tell.
 
@@ -88,10 +101,32 @@ def pid_of(pidfd: int) -> int:
 
 
 def is_dead(pidfd: int) -> bool:
-    """True once the process has exited (it may still be a zombie). Never blocks."""
+    """True once the process has ended with all its threads (it may be a zombie). Never blocks.
+
+    Anybody's process, not only a child. A pidfd becomes readable when the last thread has passed
+    ``exit_notify``, which comes behind ``exit_mm`` and ``exit_files`` (kernel/exit.c ``do_exit``,
+    fs/pidfs.c ``pidfd_poll``): by then it has no memory and no descriptors, so it can neither write
+    to what it had mapped nor keep anybody's file open.
+    """
+    return await_death(pidfd, 0)
+
+
+def await_death(pidfd: int, timeout: float | None = None) -> bool:
+    """Wait until the process has ended, at most ``timeout`` seconds; whether it has."""
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))
+    return bool(poller.poll(None if timeout is None else int(timeout * 1000 + 0.999)))
+
+
+def kill(pidfd: int, number: int = signal.SIGKILL) -> bool:
+    """Send a signal to this very process; False if it was reaped already."""
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return False
+    except OSError as error:
+        raise failure(error, "kill", f"descriptor {pidfd}") from error
+    return True
 
 
 def identify(sock: socket.socket, offered: int | None) -> Peer:
