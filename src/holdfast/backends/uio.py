@@ -37,7 +37,17 @@ from holdfast.kernel import hugetlb, pci_sysfs
 from holdfast.kernel.pci_sysfs import SYSFS, PciFunction
 from holdfast.uapi import pci_regs
 from holdfast.uapi.pci_regs import Command
-from holdfast.values import CONFIG_REGION, Iova, IrqIndex, IrqInfo, Perm, Promises, Region, Target
+from holdfast.values import (
+    CONFIG_REGION,
+    Handover,
+    Iova,
+    IrqIndex,
+    IrqInfo,
+    Perm,
+    Promises,
+    Region,
+    Target,
+)
 
 CAUTION: Final = (
     "no IOMMU: the function reaches all memory of this machine. A wrong address in a driver or a"
@@ -223,6 +233,9 @@ class UioBackend:
         return 0
 
     # -- the whole function ----------------------------------------------------------------------
+
+    def hand_over(self) -> Handover | None:
+        return None
 
     def reset(self) -> None:
         """Reset by the kernel's first method. It restores configuration space as it was before."""

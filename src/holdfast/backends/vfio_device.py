@@ -37,7 +37,16 @@ from holdfast.errors import (
     NotSupported,
 )
 from holdfast.kernel import vfio_device as kernel
-from holdfast.values import CONFIG_REGION, Iova, IrqIndex, IrqInfo, Perm, Promises, Region
+from holdfast.values import (
+    CONFIG_REGION,
+    Handover,
+    Iova,
+    IrqIndex,
+    IrqInfo,
+    Perm,
+    Promises,
+    Region,
+)
 
 PAGE: Final = 4096
 _ONES: Final = {count: b"\xff" * count for count in (1, 2, 4, 8)}
@@ -288,6 +297,9 @@ class VfioBackend:
             return self._space.unmap(int(iova), size, self._target)
 
     # -- the whole function ----------------------------------------------------------------------
+
+    def hand_over(self) -> Handover | None:
+        return None
 
     def reset(self) -> None:
         """VFIO_DEVICE_RESET; configuration space and interrupts are the kernel's to restore.
