@@ -191,6 +191,10 @@ class FunctionBackend(Protocol):
         """Take a mapping away. Returns the bytes really unmapped: the caller must compare."""
         ...
 
+    def dma_unmap_all(self) -> None:
+        """Take every mapping away, known or not. Raises if one may be left."""
+        ...
+
     def hand_over(self) -> Handover | None:
         """What ``backends.resume`` needs in another process to go on after this one was killed.
 

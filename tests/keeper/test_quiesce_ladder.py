@@ -22,7 +22,8 @@ from holdfast.errors import DeviceError, DeviceGone, RemoteError
 from holdfast.keeper import quiesce
 from holdfast.keeper.access import BackendAccess
 from holdfast.keeper.function import FunctionHost
-from holdfast.keeper.journal import MemoryJournal
+from holdfast.keeper.held import FunctionProcess
+from holdfast.keeper.journal import Journal
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.quiesce import Deadlines, Quiesce
@@ -32,6 +33,18 @@ from holdfast.values import Access, Iova, LeaseId, Perm, Policy, Promises, Targe
 
 SIZE = 64 << 10
 SHORT = Deadlines(drain=0.1, stop=0.1, isolate=0.1, reset=0.1)
+
+
+class NotHeld:
+    """A ``Holder`` that holds nothing: these leases do not outlive their process."""
+
+    def put(self, name: str, fds: Sequence[int] = (), note: object = None) -> None: ...
+
+    def drop(self, name: str) -> None: ...
+
+    def release(self, name: str) -> None: ...
+
+
 TARGET = Target("emu", "fake")
 BASE = 1 << 32
 
@@ -141,6 +154,7 @@ class Bench:
         self.arena = Arena(1 << 20) if arena else None
         self.host = FunctionHost(
             target=TARGET,
+            holder=NotHeld(),
             access=BackendAccess(cast(FunctionBackend, self.function), str(TARGET)),
             driver=self.driver,
             space=IovaSpace(BASE, 1 << 40),
@@ -150,8 +164,8 @@ class Bench:
             irq_fds=[],
             free_channels={1},
         )
-        self.journal = MemoryJournal()
-        self.desk = MemoryDesk(self.host, self.journal, Ledger(1 << 20, 100))
+        self.journal = Journal.create()
+        self.desk = MemoryDesk(self.host, NotHeld(), self.journal, Ledger(1 << 20, 100))
         self.lease = Lease(LeaseId(7), Peer(-1, 1, 0, 0), Machine(policy))
         self.lease.access, self.lease.channels = Access.SHARED, (0,)
         self.lease.claimed = claimed
@@ -159,6 +173,9 @@ class Bench:
 
     def announce(self, what: str, text: str, *, but: Lease) -> None:
         self.announced.append(what)
+
+    def settled(self, lease: Lease) -> None:
+        """Nobody succeeds this one."""
 
     @property
     def states(self) -> list[State]:
@@ -429,8 +446,9 @@ def test_a_reaped_function_writes_no_more(bench: MakeBench) -> None:
     it = bench(arena=True)
     it.function.reset_error = DeviceGone("gone")
     it.driver.error = DeviceGone("gone")
-    it.host.child = subprocess.Popen(["true"])
-    it.host.child.wait()
+    child = subprocess.Popen(["true"])
+    it.host.child = FunctionProcess.of(child.pid)
+    child.wait()
     it.lease.signal(hung_up=True)
     it.die()
     assert Fact.FUNCTION_GONE in it.lease.machine.facts

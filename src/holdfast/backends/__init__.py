@@ -27,6 +27,17 @@ class _Opener(Protocol):
     def __call__(self, target: Target) -> FunctionBackend: ...
 
 
+def warm(target: Target) -> None:
+    """Import what a keeper of ``target`` will need, before it is forked."""
+    names = {
+        "emu": ["vfio_user"],
+        "vfio-user": ["vfio_user"],
+        "pci": ["pci", "vfio_type1", "vfio_iommufd", "uio"],
+    }
+    for name in names.get(target.scheme, []):
+        import_module(f"holdfast.backends.{name}")
+
+
 def connect(target: Target) -> FunctionBackend:
     """Reach the function behind ``target``.
 

@@ -369,6 +369,11 @@ class VfioUserBackend:
         self._memory.remove(iova)
         return reply.size
 
+    def dma_unmap_all(self) -> None:
+        """Take every mapping away (vfio-user specification, DMA_UNMAP, "unmap all")."""
+        self._ask(Command.DMA_UNMAP, [m.DmaUnmap(u.UNMAP_ALL, 0, 0).encode()])
+        self._memory.clear()
+
     # -- the whole function ----------------------------------------------------------------------
 
     def hand_over(self) -> Handover:

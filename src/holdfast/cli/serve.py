@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import click
 
 from holdfast import backends
 from holdfast.cli.sizes import SIZE
+from holdfast.keeper.anchor_link import HEARTBEAT, SAFE_AFTER, Guard
 from holdfast.keeper.main import Service, run
 from holdfast.keeper.quiesce import Deadlines
 from holdfast.keeper.server import Settings
@@ -37,7 +39,23 @@ LAB_VARIABLE = "HOLDFAST_LAB_GUEST"
 @click.option("--isolate-deadline", type=float, default=1.0, show_default=True)
 @click.option("--reset-deadline", type=float, default=5.0, show_default=True)
 @click.option("--metrics-port", type=int, default=None, help="Prometheus metrics on loopback")
+@click.option("--log", default="", help="append every step of every lease to this file")
+@click.option(
+    "--heartbeat",
+    type=float,
+    default=HEARTBEAT,
+    show_default=True,
+    help="seconds without a sign of life after which a keeper is killed and succeeded",
+)
+@click.option(
+    "--safe-after",
+    type=click.IntRange(min=1),
+    default=SAFE_AFTER,
+    show_default=True,
+    help="crashes within ten seconds after which a keeper runs without a driver",
+)
 @click.option("--ready-fd", type=int, default=None, hidden=True)
+@click.option("--standby-fd", type=int, default=None, hidden=True)
 @click.option("--test-faults", default="", help="tests only: fault plan of the emulated function")
 def command(
     target: str,
@@ -51,7 +69,11 @@ def command(
     isolate_deadline: float,
     reset_deadline: float,
     metrics_port: int | None,
+    log: str,
+    heartbeat: float,
+    safe_after: int,
     ready_fd: int | None,
+    standby_fd: int | None,
     test_faults: str,
 ) -> None:
     parsed = Target.parse(target)
@@ -79,5 +101,21 @@ def command(
             lambda: click.echo(
                 f"keeping {parsed}: open it from any process of this user; Ctrl-C ends it"
             ),
+            _again(),
+            standby_fd,
+            os.path.abspath(log) if log else "",
+            Guard(heartbeat, safe_after),
         )
     )
+
+
+def _again() -> tuple[str, ...]:
+    """What starts this very service once more: see ``keeper.standby``."""
+    arguments = iter(sys.orig_argv[1:])
+    kept = []
+    for argument in arguments:
+        if argument in ("--ready-fd", "--standby-fd"):
+            next(arguments)
+        else:
+            kept.append(argument)
+    return (sys.executable, *kept)

@@ -113,6 +113,9 @@ class LeaseClient:
         while True:
             reply, received = self._receive()
             if isinstance(reply, wire.Notice):
+                if reply.what == "successor":
+                    # Whether the one that was killed had it carried out, its successor knows.
+                    packets.send(self._sock, packet, fds)
                 self._take_notice(reply)
             elif isinstance(reply, wire.Failed) and reply.seq in (self._seq, 0):
                 close_all(received)
@@ -193,6 +196,8 @@ class LeaseClient:
             self._lock.release()
 
     def _take_notice(self, notice: wire.Notice) -> None:
+        if notice.what == "successor":
+            return
         if notice.what == "gone":
             self._gone = DeviceGone(notice.text, operation="lease", target=str(self.target))
             events.ring(self.news, 1)

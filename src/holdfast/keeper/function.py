@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +30,10 @@ from holdfast.keeper.access import (
     set_bus_master,
     set_memory_space,
 )
+from holdfast.keeper.held import IRQ_CHUNK, FunctionProcess, Holder
 from holdfast.kernel import events
-from holdfast.values import Access, Iova, IrqIndex, Perm, Target
+from holdfast.uapi import pci_regs
+from holdfast.values import CONFIG_REGION, Access, Iova, IrqIndex, Perm, Target
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,6 +107,7 @@ class FunctionHost:
     """One function. Built by :meth:`start`; used by the keeper's loop only."""
 
     target: Target
+    holder: Holder
     access: BackendAccess
     driver: Driver
     space: IovaSpace
@@ -118,8 +120,8 @@ class FunctionHost:
     """True while no lease has exclusive use."""
     isolated: set[int] = field(default_factory=set)
     """Leases on whose account bus mastering is off."""
-    child: subprocess.Popen[bytes] | None = None
-    """The process that emulates the function, if the keeper started it."""
+    child: FunctionProcess | None = None
+    """The process that emulates the function, if a keeper started it."""
     pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(16, thread_name_prefix="keeper")
     )
@@ -129,16 +131,19 @@ class FunctionHost:
     and then an answer may rely on the answer."""
     usable: asyncio.Event = field(default_factory=_set_event)
     """Set while bus mastering is on."""
+    reprobe: bool = False
+    """A keeper was killed while bus mastering was off: it may have reset the function."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @classmethod
     def start(
         cls,
         target: Target,
+        holder: Holder,
         backend: FunctionBackend,
         driver_class: type[Driver],
         arena_bytes: int = 0,
-        child: subprocess.Popen[bytes] | None = None,
+        child: FunctionProcess | None = None,
         space: IovaSpace | None = None,
     ) -> FunctionHost:
         """Take the function over: reset, driver probed, vectors wired, bus master on.
@@ -163,11 +168,13 @@ class FunctionHost:
             source.dma_bits = min(source.dma_bits, bits)
         try:
             if arena is not None:
+                holder.put("arena", [arena.fd], {"size": arena_bytes, "iova": base})
                 backend.dma_map(Iova(base), arena_bytes, Perm.RW, arena.fd, 0)
             driver = driver_class(access)
             driver.probe()
             host = cls(
                 target=target,
+                holder=holder,
                 access=access,
                 driver=driver,
                 space=space or IovaSpace(base + arena_bytes, limit),
@@ -231,7 +238,14 @@ class FunctionHost:
         if index is not None:
             self.irq_index = index
             self.irq_fds = [events.make() for _ in range(self.backend.irqs[index].count)]
+            self.hold_irqs(range(len(self.irq_fds)))
             self.backend.set_irqs(index, 0, self.irq_fds)
+
+    def hold_irqs(self, vectors: Sequence[int]) -> None:
+        """Have the eventfds of these vectors outlive this process. Blocking."""
+        for piece in sorted({vector // IRQ_CHUNK for vector in vectors}):
+            first = piece * IRQ_CHUNK
+            self.holder.put(f"irqs/{piece}", self.irq_fds[first : first + IRQ_CHUNK])
 
     # -- calls off the loop ------------------------------------------------------------
 
@@ -328,17 +342,24 @@ class FunctionHost:
 
     def renew_vectors(self, vectors: Sequence[int]) -> None:
         """Wire new eventfds, so that a former holder cannot steal interrupts. Blocking."""
-        if self.irq_index is None:
+        if self.irq_index is None or not vectors:
             return
+        stale = [self.irq_fds[vector] for vector in vectors]
         for vector in vectors:
-            fresh = events.make()
-            self.backend.set_irqs(self.irq_index, vector, [fresh])
-            os.close(self.irq_fds[vector])
-            self.irq_fds[vector] = fresh
+            self.irq_fds[vector] = events.make()
+        self.hold_irqs(vectors)
+        for vector, fd in zip(vectors, stale, strict=True):
+            self.backend.set_irqs(self.irq_index, vector, [self.irq_fds[vector]])
+            os.close(fd)
 
     def proven_gone(self) -> bool:
-        """True if the function was a process of ours and has been reaped: it writes no more."""
-        return self.child is not None and self.child.poll() is not None
+        """True if the function was a process of ours and has ended: it writes no more."""
+        return self.child is not None and self.child.gone()
+
+    def is_master(self) -> bool:
+        """Whether the function may be a bus master. Blocking."""
+        word = self.backend.region_read(CONFIG_REGION, pci_regs.COMMAND, 2)
+        return bool(int.from_bytes(word, "little") & pci_regs.Command.MASTER)
 
     def isolate(self) -> None:
         """Clear bus master and read it back: the flushing read. Blocking."""
@@ -347,6 +368,7 @@ class FunctionHost:
     def reconnect(self, *, probe: bool) -> None:
         """Let the function be a bus master again, after its quiet was proven. Blocking."""
         if probe:
+            self.reprobe = False
             set_memory_space(self.backend)
             if self.backend.promises.assign_bars:
                 assign_bars(self.access)
@@ -360,8 +382,7 @@ class FunctionHost:
         """Let everything go. Blocking, idempotent."""
         self.backend.close()
         if self.child is not None:
-            self.child.kill()
-            self.child.wait()
+            self.child.end()
         for fd in self.irq_fds:
             os.close(fd)
         self.irq_fds.clear()

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.dma.slab import SlabMemory
 from holdfast.driver import Grant
-from holdfast.keeper.journal import Entry
+from holdfast.keeper.journal import Entry, LeaseRecord, Mark, Stage
 from holdfast.keeper.state import Fact, Machine, State
 from holdfast.kernel.pidfd import Peer
-from holdfast.values import Access, Iova, LeaseId
+from holdfast.values import Access, Iova, LeaseId, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,17 @@ class Step:
 
 @dataclass(slots=True)
 class HeldSlab:
-    """A slab of this lease. ``entry`` is None for memory that has no map of its own."""
+    """A slab of this lease. ``entry`` is None for memory that has no map of its own.
+
+    ``seq`` is the request that it answered.
+    """
 
     number: int
     memory: SlabMemory
     size: int
     iovas: list[Iova]
     entry: Entry | None = None
+    seq: int = 0
 
 
 @dataclass(slots=True)
@@ -50,6 +54,11 @@ class HeldPin:
     size: int
     entry: Entry
     in_place: bool = False
+
+    @property
+    def seq(self) -> int:
+        """The request that it answered."""
+        return self.entry.seq
 
 
 @dataclass(slots=True)
@@ -84,6 +93,15 @@ class Lease:
     """Held while a request is answered: the death protocol begins behind it, never beside it."""
     memory_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while memory is taken or let go, so that a death never races with a map."""
+    stage: Stage = Stage.ALIVE
+    """How far it is, as the journal says."""
+    goodbye: bool = False
+    everything: bool = False
+    """It stands for whatever may be mapped: nobody knows what that is."""
+    granted: bool = False
+    """Its channels were started for it once."""
+    recorder: Callable[[Lease, Step], None] | None = None
+    """Told of each step, besides the log."""
     lifeline: int = 0
     """Inode of the client's end of the lease's socket, as the client says."""
     hung_up: bool = False
@@ -105,7 +123,10 @@ class Lease:
 
     def note(self, why: str, at_ns: int = 0) -> None:
         """Log that the present state was entered (or explained), now or when it was noticed."""
-        self.log.append(Step(self.machine.state, at_ns or time.monotonic_ns(), why))
+        step = Step(self.machine.state, at_ns or time.monotonic_ns(), why)
+        self.log.append(step)
+        if self.recorder is not None:
+            self.recorder(self, step)
 
     def signal(
         self, *, hung_up: bool = False, process_dead: bool = False, goodbye: bool = False
@@ -117,10 +138,60 @@ class Lease:
         """
         self.hung_up |= hung_up
         self.process_dead |= process_dead
+        self.goodbye |= goodbye
         self.noticed_ns = self.noticed_ns or time.monotonic_ns()
-        if goodbye or (self.hung_up and self.process_dead):
+        if self.goodbye or (self.hung_up and self.process_dead):
             self.machine.observe(Fact.CANNOT_POST)
         self.changed.set()
+
+    def record(self) -> LeaseRecord:
+        """What a successor must know of it."""
+        marks = (
+            Mark.CLAIMED * self.claimed
+            | Mark.MAPS_REGISTERS * self.maps_registers
+            | Mark.GOODBYE * self.goodbye
+            | Mark.GRANTED * self.granted
+            | Mark.ANNOUNCED * self.announced
+        )
+        return LeaseRecord(
+            self.number,
+            self.stage,
+            Mark(marks),
+            list(Access).index(self.access),
+            list(Policy).index(self.machine.policy),
+            self.peer.pid,
+            self.peer.uid,
+            self.peer.gid,
+            _mask(self.channels),
+            _mask(self.grant.vectors),
+            self.lifeline,
+            self.noticed_ns,
+        )
+
+    @classmethod
+    def recall(cls, record: LeaseRecord, pidfd: int) -> Lease:
+        """A lease of a keeper that died, as it was written down. Owns ``pidfd``.
+
+        What was observed of the function's quiet does not count any more: everything may be in
+        flight. That its client said goodbye does.
+        """
+        lease = cls(
+            record.number,
+            Peer(pidfd=pidfd, pid=record.pid, uid=record.uid, gid=record.gid),
+            Machine(list(Policy)[record.policy]),
+            access=list(Access)[record.access],
+            channels=_bits(record.channels),
+            claimed=Mark.CLAIMED in record.marks,
+            grant=Grant(vectors=_bits(record.vectors)),
+            maps_registers=Mark.MAPS_REGISTERS in record.marks,
+            granted=Mark.GRANTED in record.marks,
+            stage=record.stage,
+            lifeline=record.lifeline,
+            noticed_ns=record.noticed_ns,
+        )
+        if Mark.GOODBYE in record.marks:
+            lease.signal(goodbye=True)
+        return lease
 
     def describe(self) -> dict[str, Any]:
         """What ``holdfast ps`` shows of this lease."""
@@ -143,3 +214,11 @@ class Lease:
             "process_dead": self.process_dead,
             "log": [(str(step.state), step.at_ns, step.why) for step in self.log],
         }
+
+
+def _mask(numbers: Iterable[int]) -> int:
+    return sum(1 << number for number in numbers)
+
+
+def _bits(mask: int) -> tuple[int, ...]:
+    return tuple(number for number in range(mask.bit_length()) if mask >> number & 1)

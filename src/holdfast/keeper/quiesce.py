@@ -29,6 +29,7 @@ from typing import Protocol
 from holdfast.driver import Driver
 from holdfast.errors import DeviceGone, HoldfastError, NotSupported
 from holdfast.keeper.function import FunctionHost
+from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.memory import MemoryDesk, page_span
 from holdfast.keeper.state import FIRST_MEASURE, QUIET_PROOFS, Event, Fact, State
@@ -55,6 +56,10 @@ class Announcer(Protocol):
     """Tells the other leases of a function-level step."""
 
     def announce(self, what: str, text: str, *, but: Lease) -> None: ...
+
+    def settled(self, lease: Lease) -> None:
+        """How far the lease is has changed."""
+        ...
 
 
 @dataclass(slots=True)
@@ -271,7 +276,7 @@ class Quiesce:
         host.isolated.discard(lease.number)
         try:
             if not host.usable.is_set() and not host.isolated and not host.proven_gone():
-                probe = self.was_reset
+                probe = self.was_reset or host.reprobe
                 await host.drive(self.deadlines.reset, lambda: host.reconnect(probe=probe))
                 host.usable.set()
             await host.call(host.renew_vectors, lease.grant.vectors)
@@ -287,7 +292,13 @@ class Quiesce:
             self._unclaim()
         else:
             lease.note("channels and IOVAs withheld until proven quiet")
+            lease.stage = Stage.WITHHELD
             host.keep(self._withheld())
+
+    async def resume_withheld(self, ranges: list[tuple[Iova, int]]) -> None:
+        """Go on where a keeper died that withheld these IOVAs and the lease's channels."""
+        self.retired = ranges
+        await self._withheld()
 
     async def _withheld(self) -> None:
         """After UNMAPPED: wait for the engine's own idle, then reinstate IOVAs and channels."""
@@ -303,6 +314,8 @@ class Quiesce:
                 continue
             self.desk.reinstate(self.retired)
             self._unclaim()
+            self.lease.stage = Stage.ENDING
+            self.announcer.settled(self.lease)
             return
 
     def _unclaim(self) -> None:

@@ -15,11 +15,13 @@ import contextlib
 import itertools
 import os
 import socket
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from holdfast import steps
 from holdfast.dma.ledger import Ledger
 from holdfast.errors import (
     DeviceGone,
@@ -30,9 +32,12 @@ from holdfast.errors import (
     VersionMismatch,
     to_fields,
 )
+from holdfast.keeper.adoption import adopt_leases
+from holdfast.keeper.anchor_link import AnchorLink
 from holdfast.keeper.connection import Connection
-from holdfast.keeper.function import FunctionHost
-from holdfast.keeper.journal import MemoryJournal
+from holdfast.keeper.continuity import Inherited
+from holdfast.keeper.event_log import EventLog
+from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.quiesce import Deadlines, Quiesce
@@ -40,7 +45,7 @@ from holdfast.keeper.session import Session
 from holdfast.keeper.state import Machine, State
 from holdfast.keeper.unit import Unit
 from holdfast.kernel import pidfd
-from holdfast.values import Access, LeaseId, Policy
+from holdfast.values import Access, Iova, LeaseId, Policy
 from holdfast.wire import lease as wire
 
 HISTORY = 4096
@@ -65,19 +70,27 @@ class Settings:
 class Keeper:
     """Serves one function. Construct and :meth:`serve` inside a running loop."""
 
-    def __init__(self, host: FunctionHost, settings: Settings, unit: Unit | None = None) -> None:
-        self.host = host
+    def __init__(
+        self, inherited: Inherited, settings: Settings, unit: Unit, link: AnchorLink, log: EventLog
+    ) -> None:
+        continuity = inherited.continuity
+        self.host = inherited.host
+        self.continuity = continuity
+        self.journal = continuity.journal
         self.settings = settings
-        self.unit = unit or Unit()
+        self.unit = unit
         self.unit.keepers.append(self)
-        self.journal = MemoryJournal()
-        self.desk = MemoryDesk(host, self.journal, Ledger(settings.quota, settings.buffers))
+        self.link = link
+        self.log = log
+        ledger = Ledger(settings.quota, settings.buffers)
+        # Numbers that no slab and no pin of a keeper before this one can have had.
+        numbers = itertools.count(1 + (continuity.counters.successions << 32))
+        self.desk = MemoryDesk(self.host, continuity.scope, self.journal, ledger, numbers)
         self.leases: dict[LeaseId, Lease] = {}
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.sessions: dict[LeaseId, Session] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._deaths: dict[LeaseId, asyncio.Task[None]] = {}
-        self._numbers = itertools.count(1)
         self._stop = asyncio.Event()
         self._quiet_since = time.monotonic()
         self._loop = asyncio.get_running_loop()
@@ -85,7 +98,9 @@ class Keeper:
         self._leaving = False
         self._one_less = asyncio.Event()
         self.watch()
-        self._take_in_leftovers()
+        if inherited.contents is not None:
+            adopt_leases(self, inherited.contents)
+        self._take_in_lost(inherited)
 
     # -- the function ------------------------------------------------------------
 
@@ -119,22 +134,26 @@ class Keeper:
                     await self._one_less.wait()
         self.stop()
 
-    def _take_in_leftovers(self) -> None:
+    def _take_in_lost(self, inherited: Inherited) -> None:
         """Memory that a dead keeper left behind is a lease whose process is dead."""
-        if self.host.usable.is_set():
+        left = [*inherited.lost, *self.host.source.leftovers()]
+        if not left and not inherited.wreck:
             return
+        self.host.usable.clear()
         peer = pidfd.Peer(pid=0, uid=os.getuid(), gid=os.getgid(), pidfd=pidfd.open_self())
-        lease = Lease(LeaseId(next(self._numbers)), peer, Machine(Policy.DRAIN), claimed=True)
+        lease = self.new_lease(peer)
+        lease.claimed = True
         lease.access = Access.EXCLUSIVE
         lease.channels = self.host.claim(Access.EXCLUSIVE, None)
-        self.desk.adopt_leftovers(lease)
+        lease.everything = inherited.wreck
+        self.desk.adopt_memory(lease, left)
         lease.note(f"{lease.nbytes} bytes were left behind by a keeper that is dead")
         self.leases[lease.number] = lease
         self.host.isolated.add(lease.number)
-        # Its clients never had registers mapped, and the keeper that carried their accesses is
-        # gone: where memory outlives a keeper, registers trap.
+        # Its clients never had registers mapped, or have been hung up on with bus mastering off,
+        # and the keeper that carried their accesses is gone.
         lease.signal(hung_up=True, process_dead=True)
-        self._end(lease, "left behind")
+        self.end(lease, "left behind")
 
     # -- life ------------------------------------------------------------
 
@@ -224,8 +243,7 @@ class Keeper:
             if greeted is None:
                 return
             peer, hello = greeted
-            machine = Machine(self.settings.policy)
-            lease = Lease(LeaseId(next(self._numbers)), peer, machine, lifeline=hello.lifeline)
+            lease = self.new_lease(peer, hello.lifeline)
             session = Session(self, lease, connection)
             await session.serve()
         except ProtocolError as error:
@@ -296,12 +314,25 @@ class Keeper:
 
     # -- leases ------------------------------------------------------------
 
+    def new_lease(self, peer: pidfd.Peer, lifeline: int = 0) -> Lease:
+        """A lease that nothing is known of yet. It owns the peer's pidfd."""
+        number = LeaseId(self.continuity.next_lease())
+        machine = Machine(self.settings.policy)
+        return Lease(number, peer, machine, lifeline=lifeline, recorder=self.log.step)
+
+    def anchor_client(self, lease: Lease, session: Session) -> None:
+        """Have a client's socket and pidfd outlive this process. Blocking."""
+        fd = session.connection.sock.fileno()
+        self.continuity.scope.put(f"lease/{lease.number}/pidfd", [lease.peer.pidfd])
+        self.continuity.scope.put(f"lease/{lease.number}/socket", [fd])
+
     def admit(self, lease: Lease, session: Session) -> None:
-        """A lease begins: from now on its death is watched."""
+        """A lease begins: from now on its death is watched, and it outlives this process."""
         self.require_room()
+        self.journal.lease(lease.record())
         self.leases[lease.number] = lease
         self.sessions[lease.number] = session
-        self._loop.add_reader(lease.peer.pidfd, self._died, lease)
+        self.watch_client(lease)
 
     def require_room(self) -> None:
         """Raise UsageError if too much memory is in quarantine for another lease."""
@@ -317,14 +348,17 @@ class Keeper:
     def _died(self, lease: Lease) -> None:
         self._loop.remove_reader(lease.peer.pidfd)
         lease.signal(process_dead=True)
-        self._end(lease, "its process died")
+        self.end(lease, "its process died")
 
     def _hung_up(self, lease: Lease | None, connection: Connection) -> None:
+        if lease is not None:
+            self.continuity.scope.drop(f"lease/{lease.number}/socket")
         connection.close()
         if lease is None:
             return
         session = self.sessions.pop(lease.number, None)
         if session is None:  # never admitted, so nobody else closes it
+            self.continuity.scope.drop(f"lease/{lease.number}/pidfd")
             os.close(lease.peer.pidfd)
             return
         if session.closed_orderly:
@@ -332,11 +366,14 @@ class Keeper:
         lease.signal(hung_up=True)
         # An orphan may hold the connection until long after the lease was released.
         if lease.number in self.leases:
-            self._end(lease, "its connection hung up")
+            self.end(lease, "its connection hung up")
 
-    def _end(self, lease: Lease, why: str) -> None:
+    def end(self, lease: Lease, why: str) -> None:
+        """Begin the death protocol, if it has not begun."""
         if lease.number in self._deaths:
             return
+        lease.stage = Stage.ENDING
+        self.journal.lease(lease.record())
         quiesce = Quiesce(lease, self.host, self.desk, self.settings.deadlines, self)
         task = asyncio.get_running_loop().create_task(quiesce.run(why))
         self._deaths[lease.number] = task
@@ -351,8 +388,60 @@ class Keeper:
         self._deaths.pop(lease.number, None)
         self.leases.pop(lease.number, None)
         self._one_less.set()
+        self.settled(lease)
         self._loop.remove_reader(lease.peer.pidfd)
+        self.continuity.scope.drop(f"lease/{lease.number}/pidfd")
         os.close(lease.peer.pidfd)
+
+    def settled(self, lease: Lease) -> None:
+        """Write down how far a lease is whose memory is back; nothing, if nothing is left of it."""
+        if lease.stage is Stage.WITHHELD:
+            self.journal.lease(lease.record())
+        else:
+            self.journal.end_lease(lease.number)
+
+    def resume_withheld(self, lease: Lease, ranges: list[tuple[Iova, int]]) -> None:
+        """Go on waiting for a lease's channels and IOVAs, which a predecessor withheld."""
+        quiesce = Quiesce(lease, self.host, self.desk, self.settings.deadlines, self)
+        self.host.keep(quiesce.resume_withheld(ranges))
+
+    def watch_client(self, lease: Lease) -> None:
+        """Notice the death of a lease's process."""
+        self._loop.add_reader(lease.peer.pidfd, self._died, lease)
+
+    async def reconnect_if_free(self) -> None:
+        """A predecessor was killed with bus mastering off: who lives must know, and go on."""
+        self.announce("isolated", "bus mastering was off when the keeper was killed", but=None)
+        if self._deaths:
+            return  # the last of them turns it on
+        try:
+            deadline = self.settings.deadlines.reset
+            await self.host.drive(deadline, lambda: self.host.reconnect(probe=True))
+        except HoldfastError as error:
+            sys.stderr.write(f"holdfast: {self.host.target} is not usable again: {error}\n")
+        else:
+            self.host.usable.set()
+
+    def attend_again(self, lease: Lease, connection: Connection) -> None:
+        """Go on serving a client of a predecessor, once what was begun for it is undone."""
+        session = Session(self, lease, connection, adopted=True)
+        self.sessions[lease.number] = session
+        task = asyncio.create_task(self._go_on(session))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _go_on(self, session: Session) -> None:
+        try:
+            async with session.lease.serving:
+                if session.lease.alive:
+                    await self.desk.settle(session.lease)
+                    session.notify("successor", "the keeper was killed and has a successor")
+            steps.reach("keeper.adopted")
+            await session.serve()
+        except ProtocolError as error:
+            session.connection.send(wire.Failed(error=to_fields(error)))
+        finally:
+            self._hung_up(session.lease, session.connection)
 
     def announce(self, what: str, text: str, *, but: Lease | None) -> None:
         """Tell every other living lease of a function-level step."""
@@ -368,6 +457,10 @@ class Keeper:
         return {
             "target": str(self.host.target),
             "keeper": os.getpid(),
+            "anchor": self.link.pid,
+            "standby": self.link.standby,
+            "safe_mode": self.continuity.safe_mode,
+            "successions": self.continuity.counters.successions,
             "function": self.host.child.pid if self.host.child is not None else None,
             "driver": self.host.driver.name,
             "policy": str(self.settings.policy),

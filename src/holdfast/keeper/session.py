@@ -13,10 +13,11 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from holdfast import steps
 from holdfast.dma.sg import SgList
 from holdfast.driver import ControlMemory, Driver
 from holdfast.errors import (
@@ -37,7 +38,7 @@ from holdfast.keeper.describe import (
     describe_lease,
     describe_slab,
 )
-from holdfast.keeper.lease import Lease
+from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.kernel.mapping import Mapping
 from holdfast.uapi import pci_regs
 from holdfast.values import CONFIG_REGION, Access, IrqIndex
@@ -46,6 +47,8 @@ from holdfast.wire import lease as wire
 if TYPE_CHECKING:
     from holdfast.keeper.server import Keeper
 
+H = TypeVar("H", HeldSlab, HeldPin)
+
 COMMAND_DEADLINE = 5.0
 """Seconds that a driver command may take."""
 
@@ -53,14 +56,20 @@ COMMAND_DEADLINE = 5.0
 class Session:
     """Serves one connection until it hangs up. Loop only."""
 
-    def __init__(self, keeper: Keeper, lease: Lease, connection: Connection) -> None:
+    def __init__(
+        self, keeper: Keeper, lease: Lease, connection: Connection, *, adopted: bool = False
+    ) -> None:
         self.keeper = keeper
         self.host = keeper.host
         self.desk = keeper.desk
         self.lease = lease
         self.connection = connection
         self.closed_orderly = False
-        self._opened = False
+        self._opened = adopted
+        self._adopted = adopted
+        self._first = adopted
+        """What comes now may have been carried out by a predecessor."""
+        self._last_seq = 0
         self._handlers: dict[type[wire.Message], Callable[[Any, list[int]], Awaitable[None]]] = {
             wire.Open: self._open,
             wire.TakeSlab: self._take_slab,
@@ -97,13 +106,19 @@ class Session:
         handler = self._handlers.get(type(request))
         if handler is None:
             raise ProtocolError(f"{type(request).__name__} is out of place", operation="serve")
+        if self._adopted and request.seq:
+            if request.seq == self._last_seq:
+                return  # asked again before it could see the answer
+            self._last_seq = request.seq
         try:
             if not self._opened and not isinstance(request, wire.Open | wire.Ps | wire.Close):
                 raise UsageError("open a lease first", operation=type(request).__name__)
             await handler(request, fds)
+            self._first = self._first and not request.seq
         except ProtocolError:
             raise
         except HoldfastError as error:
+            self._first = False
             self.connection.send(wire.Failed(seq=request.seq, error=to_fields(error)))
         except Exception as error:  # noqa: BLE001 - a driver's fault must not look like a hang-up
             told = DeviceError(
@@ -122,6 +137,9 @@ class Session:
 
     async def _open(self, request: wire.Open, _: list[int]) -> None:
         lease, host, driver = self.lease, self.host, self.host.driver
+        if self._opened and self._first:
+            await self._open_again(request)
+            return
         if self._opened:
             raise UsageError("this connection has its lease already", operation="open")
         self.keeper.require_room()  # first, because the reason may last
@@ -136,6 +154,7 @@ class Session:
             lease.channels = host.claim(lease.access, request.channels)
             lease.claimed = lease.access is Access.EXCLUSIVE or bool(lease.channels)
             try:
+                await host.call(self.keeper.anchor_client, lease, self)
                 self.keeper.admit(lease, self)
             except BaseException:
                 host.unclaim(lease.access, lease.channels)
@@ -143,16 +162,27 @@ class Session:
         # From here on the lease exists: if anything below fails, it ends like any other.
         self._opened = True
         lease.note("opened")
-        async with host.starting:
+        steps.reach("keeper.admitted")
+        await self._start_channels(request.seq)
+
+    async def _open_again(self, request: wire.Open) -> None:
+        """A predecessor had admitted the lease, and was killed before it could say so."""
+        await self._wait_usable()
+        await self._start_channels(request.seq)
+
+    async def _start_channels(self, seq: int) -> None:
+        """Make the lease's channels ready, and answer with the whole of the lease."""
+        async with self.host.starting:
             try:
                 bells = await self._grant()
             except HoldfastError as error:
                 # Say why, then hang up: the client must not take this for a keeper that died.
-                self.connection.send(wire.Failed(seq=request.seq, error=to_fields(error)))
+                self.connection.send(wire.Failed(seq=seq, error=to_fields(error)))
                 self.connection.close()
                 return
+            steps.reach("keeper.granted")
             try:
-                self._send_opened(request.seq, bells)
+                self._send_opened(seq, bells)
             finally:
                 close_bells(bells)
 
@@ -170,6 +200,8 @@ class Session:
             lease.grant = await host.drive(
                 COMMAND_DEADLINE, lambda: driver.grant(lease.channels, control)
             )
+        lease.granted = True
+        self.keeper.journal.lease(lease.record())
         return await host.call(host.bells_for, lease.grant.bells)
 
     def _require_idle(self) -> None:
@@ -192,6 +224,7 @@ class Session:
         fds: list[int] = []
         opened = describe_lease(self.lease, self.host, bells, fds)
         quota = self.keeper.settings.quota
+        self.keeper.journal.lease(self.lease.record())  # it may have got registers to map
         self.connection.send(msgspec.structs.replace(opened, seq=seq, quota=quota), fds)
 
     async def _regrant(self, request: wire.Regrant, _: list[int]) -> None:
@@ -231,6 +264,9 @@ class Session:
             await self._let_finish()
         await self.desk.unpin_all(self.lease)
         self.closed_orderly = True
+        if self._opened:
+            self.lease.goodbye = True
+            self.keeper.journal.lease(self.lease.record())
         self.connection.send(wire.Done(seq=request.seq))
 
     async def _let_finish(self) -> None:
@@ -249,12 +285,24 @@ class Session:
     # -- memory ------------------------------------------------------------
 
     async def _take_slab(self, request: wire.TakeSlab, _: list[int]) -> None:
-        slab = await self.desk.take_slab(self.lease, request.nbytes)
+        slab = self._answered(self.lease.slabs, request.seq)
+        slab = slab or await self.desk.take_slab(self.lease, request.nbytes, seq=request.seq)
         fds: list[int] = []
         info = describe_slab(slab, fds)
         self.connection.send(wire.SlabTaken(seq=request.seq, info=info), fds)
 
+    def _answered(self, held: dict[int, H], seq: int) -> H | None:
+        """What a predecessor had ready for this very request, and could not tell."""
+        if self._first:
+            for one in held.values():
+                if one.seq == seq:
+                    return one
+        return None
+
     async def _give_slab(self, request: wire.GiveSlab, _: list[int]) -> None:
+        if self._first and request.slab not in self.lease.slabs:
+            self.connection.send(wire.Done(seq=request.seq))  # a predecessor had taken it back
+            return
         driver, channels = self.host.driver, self.lease.channels
         busy = 0
         if self.lease.claimed:
@@ -271,17 +319,20 @@ class Session:
 
     async def _pin(self, request: wire.Pin, fds: list[int]) -> None:
         if fds:
-            self.desk.accept_own_memory(self.lease, fds.pop(0))
+            await self.desk.accept_own_memory(self.lease, fds.pop(0))
         address, nbytes = request.address, request.nbytes
         context = self.host.backend.dma_context()
+        known = self._answered(self.lease.pins, request.seq)
         if context is None:
-            pin = await self.desk.pin(self.lease, address, nbytes, writable=request.writable)
+            pin = known or await self.desk.pin(
+                self.lease, address, nbytes, writable=request.writable, seq=request.seq
+            )
             self.connection.send(wire.Pinned(seq=request.seq, pin=pin.number, iova=int(pin.iova)))
             return
         if not self.lease.claimed:
             raise NotSupported("a lease of memory only cannot pin in place", operation="pin",
                                target=str(self.host.target))  # fmt: skip
-        pin = await self.desk.reserve_pin(self.lease, address, nbytes)
+        pin = known or await self.desk.reserve_pin(self.lease, address, nbytes, seq=request.seq)
         here = wire.PinHere(
             seq=request.seq,
             pin=pin.number,
@@ -299,7 +350,8 @@ class Session:
             raise ProtocolError(error.what, operation="pin") from error
 
     async def _unpin(self, request: wire.Unpin, _: list[int]) -> None:
-        await self.desk.unpin(self.lease, request.pin)
+        if not self._first or request.pin in self.lease.pins:
+            await self.desk.unpin(self.lease, request.pin)
         self.connection.send(wire.Done(seq=request.seq))
 
     # -- registers ------------------------------------------------------------
@@ -390,5 +442,6 @@ class Session:
         self.connection.send(wire.Done(seq=request.seq))
 
     async def _ps(self, request: wire.Ps, _: list[int]) -> None:
+        await self.host.call(self.keeper.link.refresh)
         told = self.keeper.ps(request.after)
         self.connection.send(wire.Result(seq=request.seq, value=told))

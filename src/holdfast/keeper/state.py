@@ -183,6 +183,7 @@ class Machine:
     policy: Policy
     state: State = State.ALIVE
     facts: set[Fact] = field(default_factory=set)
+    last: Event | None = None
     gate: Gate | None = None
 
     def observe(self, *facts: Fact) -> None:
@@ -200,6 +201,7 @@ class Machine:
         if row.target is State.RELEASED and self.withheld():
             raise IllegalStep(f"release gate closed: {self.withheld()}")
         self.state = row.target
+        self.last = event
         return self.state
 
     def withheld(self) -> tuple[Fact, ...]:

@@ -32,6 +32,9 @@ MREMAP_FIXED: Final = 2
 MADV_DONTFORK: Final = 10
 """asm-generic/mman-common.h; the MAP_ values are those of x86-64 and arm64."""
 
+PR_SET_CHILD_SUBREAPER: Final = 36
+"""linux/prctl.h"""
+
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
 """linux/falloc.h"""
@@ -63,6 +66,10 @@ _madvise = _libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, _c_off_t, _c_off_t)
+
+
+_prctl = _libc.prctl
+_prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
 class _Statfs(ctypes.Structure):
@@ -118,6 +125,12 @@ def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
     """fallocate(2)."""
     if _fallocate(fd, mode, offset, size):
         _raise("fallocate")
+
+
+def set_child_subreaper() -> None:
+    """prctl(2): orphaned descendants become children of this process."""
+    if _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        _raise("prctl")
 
 
 def filesystem_magic(fd: int) -> int:

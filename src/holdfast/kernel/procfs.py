@@ -140,6 +140,21 @@ def start_time(pid: int) -> int:
     return int(text.rpartition(")")[2].split()[19])
 
 
+def descendants(pid: int) -> list[int]:
+    """Every process below ``pid``, parents before their children. A snapshot: proc(5), stat."""
+    below: dict[int, list[int]] = {}
+    for other in _pids():
+        try:
+            text = Path(f"/proc/{other}/stat").read_text()
+        except OSError:
+            continue  # it has ended meanwhile
+        below.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(other)
+    found = [pid]
+    for parent in found:
+        found += below.get(parent, [])
+    return found[1:]
+
+
 def mapped_shared() -> int:
     """Shared memory mapped by the processes that this user may look at, in bytes.
 

@@ -22,7 +22,7 @@ import msgspec
 from holdfast.errors import ProtocolError
 from holdfast.values import Access
 
-VERSION = 2
+VERSION = 3
 MAX_PACKET = 64 * 1024
 MAX_FDS = 128
 MAX_REGISTER_BLOCK = 4096
@@ -272,7 +272,8 @@ class Notice(Message, frozen=True):
     """Something happened to the function that this lease should know of.
 
     ``what``: "reset" or "isolated" (what was in flight is lost), "gone" (the function went away),
-    "leave" (the system wants the function back: unmap, close, say goodbye).
+    "leave" (the system wants the function back: unmap, close, say goodbye), "successor" (the keeper
+    was killed and another one goes on: send what was not answered again, with the same ``seq``).
     """
 
     what: str
