@@ -112,7 +112,7 @@ class Anchor:
             self.keeper = fds.pop()
         else:
             close_all(fds)
-        if kind == b"D":  # drop
+        if kind in (b"D", b"d"):  # drop; the small one is not answered
             close_all(self.held.pop(key, (b"", []))[1])
             self.store.remove(key)
         elif kind == b"B":  # heartbeat
@@ -124,7 +124,7 @@ class Anchor:
         elif kind == b"G":  # get everything
             for name, (text, numbers) in self.held.items():
                 self._send(b"i", number, name + b"\0" + text, numbers)
-        if kind not in (b"B", b"Q"):
+        if kind not in (b"B", b"Q", b"d"):
             self._send(b"a", number, str(self.standby_pid).encode())
 
     def _end(self) -> None:

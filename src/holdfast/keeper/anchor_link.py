@@ -6,18 +6,20 @@ gives it everything again; whoever waits for an acknowledgement gets it from the
 that does not answer is killed and replaced: it has nothing that is not here as well.
 
 Blocking and thread-safe: called from worker threads, never from the keeper's loop, except for
-:meth:`AnchorLink.beat` and :meth:`AnchorLink.drop`, which do not wait.
+:meth:`AnchorLink.beat`, :meth:`AnchorLink.quiet` and :meth:`AnchorLink.drop`, which do not wait.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,6 +72,7 @@ class AnchorLink:
         self._guard = guard
         self._lock = threading.RLock()
         self._items: dict[str, Item] = {}
+        self._dropped: deque[str] = deque()
         self._number = 0
         self._ended = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -134,11 +137,13 @@ class AnchorLink:
             self._ask(b"P", key.encode() + b"\0" + text, fds)
 
     def drop(self, key: str) -> None:
-        """Have the anchor close what it holds under a key. Does not wait."""
-        with self._lock:
-            if self._items.pop(key, None) is not None and not self._ended:
-                with suppress(OSError):  # a new anchor will not get it
-                    self._send(b"D", key.encode())
+        """Have the anchor close what it holds under a key: now, or with the next heartbeat.
+
+        Never waits. What was put may be closed as soon as this returns.
+        """
+        if self._items.pop(key, None) is not None and not self._ended:
+            self._dropped.append(key)
+            self._tell()
 
     def release(self, key: str) -> None:
         """Like :meth:`drop`, but returns when the anchor has closed it."""
@@ -165,11 +170,13 @@ class AnchorLink:
         with self._lock:
             with suppress(OSError):
                 self._send(b"E")
+            # Not closed before it has read that: with anything unread here it would see a crash.
+            if not pidfd.await_death(self.pidfd, PATIENCE):
+                pidfd.kill(self.pidfd)
+                pidfd.await_death(self.pidfd)
             self._sock.close()
-            fds = self._items.pop("standby", Item(b"", ())).fds
-            for fd in fds:
+            for fd in self._items.pop("standby", Item(b"", ())).fds:
                 os.close(fd)
-            pidfd.await_death(self.pidfd)
             if self._process is not None:
                 self._process.wait()
             os.close(self.pidfd)
@@ -177,19 +184,35 @@ class AnchorLink:
 
     # -- the link ------------------------------------------------------------
 
-    def _tell(self, kind: bytes) -> None:
-        if self._lock.acquire(blocking=False):
-            try:
-                packets.send(self._sock, HEAD.pack(kind, 0))
-            except OSError:
-                pass  # it is gone, or has more than enough of them
-            finally:
-                self._lock.release()
+    def _tell(self, kind: bytes = b"") -> None:
+        """Send what is not answered, unless that would block."""
+        if not self._lock.acquire(blocking=False):
+            return  # whoever has it sends what was dropped; a heartbeat can be missed
+        try:
+            if self._writable():
+                self._send_dropped()
+                if kind:
+                    self._send(kind)
+        except OSError:
+            pass  # it is gone, and another one will not get what was dropped
+        finally:
+            self._lock.release()
+
+    def _writable(self) -> bool:
+        poller = select.poll()
+        poller.register(self._sock.fileno(), select.POLLOUT)
+        return bool(poller.poll(0))
+
+    def _send_dropped(self) -> None:
+        while self._dropped:
+            self._send(b"d", self._dropped[0].encode())
+            self._dropped.popleft()
 
     def _ask(self, kind: bytes, body: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Send and wait for the answer, from the anchor that there is by then."""
         for _ in range(TRIES):
             try:
+                self._send_dropped()
                 number = self._send(kind, body, fds)
                 steps.reach("keeper.anchor.sent")
                 self._await(number)
@@ -247,6 +270,7 @@ class AnchorLink:
             self._put_away()
             try:
                 self._spawn()
+                self._dropped.clear()
                 self._hello()
                 for key, item in list(self._items.items()):
                     body = key.encode() + b"\0" + item.note

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from holdfast import backends
 from holdfast.dma.iova import IovaSpace
-from holdfast.errors import HoldfastError, SystemFailure
+from holdfast.errors import DeviceGone, HoldfastError, SystemFailure
 from holdfast.keeper import embedded, standby
 from holdfast.keeper.anchor_link import AnchorLink, Guard
 from holdfast.keeper.bringing_up import bring_up
@@ -74,7 +74,11 @@ def run(service: Service) -> None:
     _raise_limits()
     if orders.link is not None:
         link = AnchorLink.inherit(orders.link, service.guard)
-        asyncio.run(_Household(service, link, orders).serve())
+        try:
+            asyncio.run(_Household(service, link, orders).serve())
+        except DeviceGone:
+            link.end()  # nothing is left that could write, and nothing to keep
+            raise
         link.end()
         return
     assert listener is not None
