@@ -524,6 +524,36 @@ def test_a_read_reply_that_does_not_match_is_a_protocol_error(
     backend.close()
 
 
+def test_a_successor_uses_no_id_that_a_late_reply_could_carry(
+    scripted: Callable[[Script], socket.socket],
+) -> None:
+    seen: list[int] = []
+
+    def script(header: Header, body: bytes) -> list[tuple[bytes, list[int]]]:
+        seen.append(header.msg_id)
+        return tame(header, body)
+
+    backend = VfioUserBackend(scripted(script))
+    for _ in range(3):
+        backend.region_read(CONFIG_REGION, 0, 4)
+        kept = duplicated(backend.hand_over())
+        backend.close()
+        backend = VfioUserBackend.resume(kept)
+    backend.close()
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_handover_that_is_none_is_refused_and_closed(clean: None) -> None:
+    for names in ((), ("socket",), ("trail",), ("socket", "trail", "twin")):
+        fds = {name: memfd.create("nothing", PAGE) for name in names}
+        for notes in ({}, {"peer": {"unheard": 1}}, {"peer": {}}):
+            copies = {name: os.dup(fd) for name, fd in fds.items()}
+            with pytest.raises(ProtocolError):
+                VfioUserBackend.resume(Handover(copies, notes))
+        for fd in fds.values():
+            os.close(fd)
+
+
 def test_an_unmap_reply_without_payload_is_a_whole_unmap(
     scripted: Callable[[Script], socket.socket],
 ) -> None:

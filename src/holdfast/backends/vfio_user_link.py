@@ -296,6 +296,7 @@ class ClientLink:
             stream.send(answer)
         reach("keeper.relay_answered")
         self._trail.answered(twin)
+        reach("keeper.relay_noted")
 
     def _carry_out(self, request: wire.DmaRequest, twin: bool, *, already: bool) -> Parts | None:
         access, data = request.access, b""
@@ -306,8 +307,9 @@ class ClientLink:
                 self._memory.write(access.address, memoryview(access.data))
         except OSError as error:
             return self._session.failed(request, error.errno or errno.EIO)
-        reach("keeper.relay_carried")
+        reach("keeper.relay_done")
         self._trail.carried_out(twin, request)
+        reach("keeper.relay_carried")
         return self._session.done(request, data)
 
 
