@@ -543,15 +543,23 @@ def test_a_successor_uses_no_id_that_a_late_reply_could_carry(
     assert len(set(seen)) == len(seen)
 
 
-def test_a_handover_that_is_none_is_refused_and_closed(clean: None) -> None:
-    for names in ((), ("socket",), ("trail",), ("socket", "trail", "twin")):
-        fds = {name: memfd.create("nothing", PAGE) for name in names}
-        for notes in ({}, {"peer": {"unheard": 1}}, {"peer": {}}):
-            copies = {name: os.dup(fd) for name, fd in fds.items()}
-            with pytest.raises(ProtocolError):
-                VfioUserBackend.resume(Handover(copies, notes))
-        for fd in fds.values():
-            os.close(fd)
+@pytest.mark.parametrize("names", [(), ("socket",), ("trail",), ("socket", "trail", "twin")])
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {},
+        {"backend": "type1", "peer": {}},
+        {"backend": "vfio-user"},
+        {"backend": "vfio-user", "peer": {"unheard": 1}},
+        {"backend": "vfio-user", "peer": {}},
+    ],
+)
+def test_a_handover_that_is_none_is_refused_and_closed(
+    names: tuple[str, ...], notes: dict[str, object], clean: None
+) -> None:
+    fds = {name: memfd.create("nothing", PAGE) for name in names}
+    with pytest.raises(ProtocolError):
+        VfioUserBackend.resume(Handover(fds, notes))
 
 
 def test_an_unmap_reply_without_payload_is_a_whole_unmap(

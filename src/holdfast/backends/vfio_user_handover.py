@@ -8,17 +8,17 @@ own commands are still in the socket, as far as they were not answered (``vfio_u
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Final
 
 from holdfast.backends.vfio_user_link import ClientLink
 from holdfast.backends.vfio_user_memory import Served, ServedMemory, of_file
 from holdfast.backends.vfio_user_trail import Trail
 from holdfast.contracts import FileWindow, Handover, MemoryWindow
-from holdfast.errors import ProtocolError, UsageError
+from holdfast.errors import UsageError
+from holdfast.kernel.handover import Incoming
 from holdfast.wire.vfio_user.capabilities import Capabilities
 from holdfast.wire.vfio_user.client import ClientSession
 
@@ -43,37 +43,31 @@ def take_up(
     Takes ownership of ``handover.fds``, also on error. Descriptors of ``files`` stay the caller's.
     Raises ProtocolError if the handover is not one of a vfio-user connection.
     """
-    fds = dict(handover.fds)
     trail: Trail | None = None
-    sock: socket.socket | None = None
     link: ClientLink | None = None
-    try:
-        peer = _peer(handover.notes, target)
-        if not {"socket", "trail"} <= fds.keys():
-            raise _no_handover(f"descriptors {sorted(fds)}", target)
+    with Incoming(handover, target) as found:
+        found.require("backend", KIND)
+        try:
+            peer = Capabilities(**handover.notes["peer"])
+        except (KeyError, TypeError) as error:
+            raise found.wrong("the peer's capabilities make no sense") from error
         windows = [Served(*window) for window in memories]
         for iova, size, perm, fd, offset in files:
             windows.append(Served(iova, size, perm, of_file(fd, offset, size, perm)))
         _serve(memory, windows, target)
-        trail = Trail(fds.pop("trail"))
-        session = ClientSession(first_id=trail.last_id + 1)
-        session.peer = peer
-        sock = _socket(fds, "socket", target)
-        link = ClientLink(sock, session, memory, target, trail)
-        if "twin" in fds:
-            link.add_twin(fds.pop("twin"))
-    except BaseException:
-        if link is not None:
-            link.close()
-        else:
-            if sock is not None:
-                sock.close()
-            if trail is not None:
+        try:
+            trail = Trail(found.take("trail"))
+            session = ClientSession(first_id=trail.last_id + 1)
+            session.peer = peer
+            link = ClientLink(_socket(found), session, memory, target, trail)
+            if "twin" in found:
+                link.add_twin(found.take("twin"))
+        except BaseException:
+            if link is not None:
+                link.close()
+            elif trail is not None:
                 trail.close()
-        raise
-    finally:
-        for fd in fds.values():
-            os.close(fd)
+            raise
     return session, link
 
 
@@ -87,21 +81,10 @@ def _serve(memory: ServedMemory, windows: Iterable[Served], target: str) -> None
             ) from error
 
 
-def _peer(notes: Mapping[str, Any], target: str) -> Capabilities:
+def _socket(found: Incoming) -> socket.socket:
     try:
-        return Capabilities(**notes["peer"])
-    except (KeyError, TypeError) as error:
-        raise _no_handover(f"notes {dict(notes)}", target) from error
-
-
-def _socket(fds: dict[str, int], name: str, target: str) -> socket.socket:
-    try:
-        sock = socket.socket(fileno=fds[name])
+        sock = socket.socket(fileno=found.fd("socket"))
     except OSError as error:
-        raise _no_handover(f"{name} is no socket", target) from error
-    del fds[name]
+        raise found.wrong("its socket is none") from error
+    found.take("socket")
     return sock
-
-
-def _no_handover(what: str, target: str) -> ProtocolError:
-    return ProtocolError(f"no vfio-user connection: {what}", operation="resume", target=target)

@@ -36,10 +36,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from holdfast.dma.slab import Adopted, SlabMemory, flat
+from holdfast.dma.slab import SlabMemory, extents_of, flat
 from holdfast.errors import BadBuffer, Closed, OutOfMemory, UsageError
 from holdfast.kernel import hugetlb, memfd, pagemap
 from holdfast.kernel.failure import failure
+from holdfast.kernel.handover import Incoming
 from holdfast.kernel.io_uring import LARGEST_PIN, PinTable
 from holdfast.uapi.io_uring import MAX_REG_BUFFERS
 from holdfast.values import Bdf, Handover
@@ -179,15 +180,15 @@ class PhysicalFiles:
 
     def adopt(self, handover: Handover) -> SlabMemory:
         """Memory of a predecessor whose ring this source has: its pins hold it as it is."""
-        with Adopted(handover, "physical") as found:
-            found.require()
+        with Incoming(handover, str(self._bdf)) as found:
+            found.require("memory", "physical")
             name = _NAME.fullmatch(found.text("name"))
             if not name or (name[1], name[2]) != (self._boot, str(self._bdf)):
                 raise found.wrong(f"{found.text('name')!r} is not of this function and boot")
             size, slots = found.number("bytes"), found.numbers("slots")
-            addresses = None if found.missing("addresses") else found.numbers("addresses")
+            addresses = found.numbers("addresses") if found.has("addresses") else None
             pinned = [min(LARGEST_PIN, size - at) for at in range(0, size, LARGEST_PIN)]
-            memory = SlabMemory(found.fd("slab"), found.extents(), addresses)
+            memory = SlabMemory(found.fd("slab"), extents_of(found), addresses)
             if slots and len(slots) != len(pinned):
                 raise found.wrong(f"{len(slots)} pins of {size} bytes")
             with self._lock:
@@ -198,7 +199,7 @@ class PhysicalFiles:
                 self._pins.claim(list(zip(slots, pinned, strict=False)))
                 held = _Held(memory, self.directory / name[0], size, slots=list(slots))
                 self._held[id(memory)] = held
-            found.taken("slab")
+            found.take("slab")
             return memory
 
     def punch(self, memory: SlabMemory) -> None:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
 from holdfast.dma.arena import FramePool
-from holdfast.errors import BadBuffer, Closed, ProtocolError, UsageError
+from holdfast.errors import BadBuffer, Closed, UsageError
 from holdfast.kernel import memfd
 from holdfast.kernel.failure import failure
+from holdfast.kernel.handover import Incoming
 from holdfast.values import Handover
 
 FRAME: Final = 4096
@@ -152,77 +153,17 @@ class _Books:
         return left
 
 
-class Adopted:
-    """A handover of memory while it is taken in: closes what was not taken on the way out."""
-
-    def __init__(self, handover: Handover, kind: str) -> None:
-        self._kind = kind
-        self._notes = handover.notes
-        self._fds = dict(handover.fds)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])
-
-    def require(self) -> None:
-        """ProtocolError unless it was described by the same kind of source."""
-        if self._notes.get("memory") != self._kind:
-            raise self.wrong(f"memory {self._notes.get('memory')!r}, not {self._kind!r}")
-
-    def fd(self, name: str) -> int:
-        """A descriptor, still owned here: see :meth:`taken`."""
-        try:
-            return self._fds[name]
-        except KeyError:
-            raise self.wrong(f"no descriptor {name!r}") from None
-
-    def taken(self, name: str) -> int:
-        """A descriptor; the caller owns it from now on."""
-        return self._fds.pop(name)
-
-    def missing(self, name: str) -> bool:
-        """Whether a note is null, or not there."""
-        return self._notes.get(name) is None
-
-    def number(self, name: str) -> int:
-        """A note that is a number, 0 or more."""
-        found = self._notes.get(name)
-        if not isinstance(found, int) or found < 0:
-            raise self.wrong(f"{name} is {found!r}")
-        return found
-
-    def text(self, name: str) -> str:
-        """A note that is text."""
-        found = self._notes.get(name)
-        if not isinstance(found, str):
-            raise self.wrong(f"{name} is {found!r}")
-        return found
-
-    def numbers(self, name: str) -> list[int]:
-        """A note that is a list of numbers."""
-        found = self._notes.get(name)
-        if not isinstance(found, list) or not all(isinstance(item, int) for item in found):
-            raise self.wrong(f"{name} is no list of numbers")
-        return found
-
-    def extents(self) -> list[tuple[int, int]]:
-        """The extents: written flat, offset and size by turns."""
-        flat = self.numbers("extents")
-        if not flat or len(flat) % 2:
-            raise self.wrong(f"{len(flat)} numbers are no extents")
-        return list(zip(flat[::2], flat[1::2], strict=True))
-
-    def wrong(self, what: str) -> ProtocolError:
-        """The error for notes that make no sense."""
-        return ProtocolError(f"no memory to adopt: {what}", operation="adopt memory")
-
-
 def flat(extents: Sequence[tuple[int, int]]) -> list[int]:
-    """Extents as :meth:`Adopted.extents` reads them."""
+    """Extents as a note: offset and size by turns."""
     return [number for extent in extents for number in extent]
+
+
+def extents_of(found: Incoming) -> list[tuple[int, int]]:
+    """The note that :func:`flat` made."""
+    numbers = found.numbers("extents")
+    if not numbers or len(numbers) % 2:
+        raise found.wrong(f"{len(numbers)} numbers are no extents")
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 class OwnFiles:
@@ -253,12 +194,12 @@ class OwnFiles:
             return Handover({"slab": memory.fd}, {"memory": "file", "size": memory.size})
 
     def adopt(self, handover: Handover) -> SlabMemory:
-        with Adopted(handover, "file") as found, self._books.lock:
+        with Incoming(handover) as found, self._books.lock:
             self._books.require_open()
-            found.require()
+            found.require("memory", "file")
             size = found.number("size")
             memfd.require_sealed(found.fd("slab"), size)
-            return self._books.give(SlabMemory(found.taken("slab"), [(0, size)]))
+            return self._books.give(SlabMemory(found.take("slab"), [(0, size)]))
 
     def punch(self, memory: SlabMemory) -> None:
         self._books.punch(memory)
@@ -341,10 +282,10 @@ class Arena:
             return Handover({}, {"memory": "arena", "extents": flat(memory.extents)})
 
     def adopt(self, handover: Handover) -> SlabMemory:
-        with Adopted(handover, "arena") as found, self._books.lock:
+        with Incoming(handover) as found, self._books.lock:
             self._books.require_open()
-            found.require()
-            extents = found.extents()
+            found.require("memory", "arena")
+            extents = extents_of(found)
             self._frames.claim(extents)
             return self._books.give(SlabMemory(self.fd, extents))
 
