@@ -111,6 +111,10 @@ def resume(
         from holdfast.backends.vfio_user import VfioUserBackend
 
         return VfioUserBackend.resume(handover, target=str(target), memories=memories, files=files)
+    if target.scheme == "pci":
+        from holdfast.backends.pci import resume as resume_pci
+
+        return resume_pci(target, handover)
     for fd in handover.fds.values():
         os.close(fd)
     raise BadTarget(f"no backend for {target.scheme!r}", operation="resume", target=str(target))
