@@ -52,6 +52,10 @@ def resume(target: Target, handover: Handover) -> FunctionBackend:
             from holdfast.backends import vfio_iommufd
 
             return vfio_iommufd.resume_function(target.bdf, found, str(target))
+        if kind == "uio":
+            from holdfast.backends.uio import UioBackend
+
+            return UioBackend.resume(target, found)
         raise found.wrong(f"backend is {kind!r}")
 
 

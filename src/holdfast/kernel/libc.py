@@ -83,6 +83,9 @@ assert ctypes.sizeof(_Statfs) == 120
 _fstatfs = _libc.fstatfs
 _fstatfs.argtypes = (ctypes.c_int, ctypes.POINTER(_Statfs))
 
+_SYS_PIDFD_GETFD: Final = 438
+"""arch/x86/entry/syscalls/syscall_64.tbl"""
+
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
@@ -169,4 +172,17 @@ def io_uring_register(fd: int, operation: int, argument: bytearray | None, count
     )
     if found < 0:
         _raise("io_uring_register")
+    return found
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """pidfd_getfd(2). A copy of another process's descriptor, close-on-exec; the caller owns it."""
+    found: int = _syscall(
+        ctypes.c_long(_SYS_PIDFD_GETFD),
+        ctypes.c_int(pidfd),
+        ctypes.c_int(number),
+        ctypes.c_uint(0),
+    )
+    if found < 0:
+        _raise("pidfd_getfd")
     return found
