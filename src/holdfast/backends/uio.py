@@ -54,8 +54,9 @@ CAUTION: Final = (
     "no IOMMU: the function reaches all memory of this machine. A wrong address in a driver or a"
     " program corrupts other processes or the kernel, silently. Isolation between clients, and the"
     " unmap that stops a card which cannot be quieted, are lost; memory of a dead client is kept"
-    " until the card is seen idle. If the keeper is killed, only uio_pci_generic stops the card;"
-    " the memory stays in named huge page files until the next keeper has found it."
+    " until the card is seen idle. If the keeper is killed with everything that holds its"
+    " descriptors, only uio_pci_generic stops the card; the memory stays in named huge page files"
+    " until the next keeper has found it."
 )
 """What is lost, for whoever opens ``backend=uio``: print it."""
 
