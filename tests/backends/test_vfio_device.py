@@ -56,6 +56,9 @@ class Space:
     def unmap(self, iova: int, size: int, target: str) -> int:
         return self.maps.pop(iova, 0)
 
+    def unmap_all(self, target: str) -> None:
+        self.maps.clear()
+
     def context(self) -> DmaContext:
         return DmaContext("type1", 99)
 

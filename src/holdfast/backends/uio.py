@@ -277,6 +277,9 @@ class UioBackend:
         """0: nothing is ever mapped, and nothing can be put out of the function's reach."""
         return 0
 
+    def dma_unmap_all(self) -> None:
+        """Nothing is ever mapped; what the function can reach is all of memory."""
+
     # -- the whole function ----------------------------------------------------------------------
 
     def reset(self) -> None:

@@ -74,6 +74,8 @@ class IoSpace(Protocol):
         """The bytes really unmapped."""
         ...
 
+    def unmap_all(self, target: str) -> None: ...
+
     def context(self) -> DmaContext: ...
 
     def hand_over(self) -> Handover:
@@ -312,6 +314,11 @@ class VfioBackend:
         """
         with self._device:
             return self._space.unmap(int(iova), size, self._target)
+
+    def dma_unmap_all(self) -> None:
+        """Take everything away that is mapped in the I/O address space, by whomever."""
+        with self._device:
+            self._space.unmap_all(self._target)
 
     # -- the whole function ----------------------------------------------------------------------
 

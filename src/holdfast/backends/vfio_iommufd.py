@@ -90,6 +90,11 @@ class IommufdSpace(vfio_units.Unit):
         with self._fd as fd:
             return iommufd.unmap(fd, self.ioas, iova, size, target)
 
+    def unmap_all(self, target: str) -> None:
+        # The whole range means everything there is, guarded or not (iommufd/ioas.c).
+        with self._fd as fd:
+            iommufd.unmap(fd, self.ioas, 0, (1 << 64) - 1, target)
+
     def context(self) -> DmaContext:
         return DmaContext("iommufd", self._fd.number, self.ioas)
 

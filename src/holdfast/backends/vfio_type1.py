@@ -104,6 +104,10 @@ class Type1Space(vfio_units.Unit):
         with self._container as container:
             return vfio_type1.unmap(container, iova, size, target)
 
+    def unmap_all(self, target: str) -> None:
+        with self._container as container:
+            vfio_type1.unmap_all(container, target)
+
     def context(self) -> DmaContext:
         return DmaContext("type1", self._container.number)
 
