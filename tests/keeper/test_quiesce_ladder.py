@@ -19,19 +19,21 @@ from holdfast.dma.ledger import Ledger
 from holdfast.dma.slab import Arena, OwnFiles
 from holdfast.driver import Driver, FunctionAccess
 from holdfast.errors import DeviceError, DeviceGone, RemoteError
-from holdfast.keeper import quiesce
 from holdfast.keeper.access import BackendAccess
+from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.journal import MemoryJournal
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.memory import MemoryDesk
-from holdfast.keeper.quiesce import Deadlines, Quiesce
+from holdfast.keeper.quiesce import Quiesce
 from holdfast.keeper.state import Fact, Machine, State
 from holdfast.kernel.pidfd import Peer
 from holdfast.values import Access, Iova, LeaseId, Perm, Policy, Promises, Target
 
 SIZE = 64 << 10
-SHORT = Deadlines(drain=0.1, stop=0.1, isolate=0.1, reset=0.1)
+SHORT = Deadlines(
+    drain=0.1, stop=0.1, isolate=0.1, reset=0.1, unmap=0.1, quarantine=0.01, quarantine_longest=0.02
+)
 TARGET = Target("emu", "fake")
 BASE = 1 << 32
 
@@ -49,6 +51,7 @@ class FakeFunction:
     reset_error: Exception | None = None
     mapped: dict[int, int] = field(default_factory=dict)
     resets: int = 0
+    on_reset: Callable[[], None] = lambda: None
     command: int = 4
     regions = (SimpleNamespace(size=256),) * 9
 
@@ -80,6 +83,7 @@ class FakeFunction:
         if self.reset_error is not None:
             raise self.reset_error
         self.resets += 1
+        self.on_reset()
 
     def close(self) -> None:
         self.mapped.clear()
@@ -138,6 +142,7 @@ class Bench:
     ) -> None:  # fmt: skip
         self.function = FakeFunction()
         self.driver = driver(cast(FunctionAccess, None))
+        self.function.on_reset = self.came_to_rest
         self.arena = Arena(1 << 20) if arena else None
         self.host = FunctionHost(
             target=TARGET,
@@ -156,9 +161,18 @@ class Bench:
         self.lease.access, self.lease.channels = Access.SHARED, (0,)
         self.lease.claimed = claimed
         self.announced: list[str] = []
+        self.others: list[int] = []
+
+    def came_to_rest(self) -> None:
+        """What a reset that stops DMA does."""
+        if self.driver.reset_stops_dma:
+            self.driver.busy = 0
 
     def announce(self, what: str, text: str, *, but: Lease) -> None:
         self.announced.append(what)
+
+    def at_work(self, *, but: Lease) -> list[int]:
+        return self.others
 
     @property
     def states(self) -> list[State]:
@@ -210,9 +224,8 @@ DRIVERS: dict[str, type[FakeDriver]] = {
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
+def bench() -> Iterator[Callable[..., Bench]]:
     """``bench(driver, policy=, arena=, claimed=)``; ``driver`` is a key of :data:`DRIVERS`."""
-    monkeypatch.setattr(quiesce, "QUARANTINE_PERIOD", 0.01)
     made: list[Bench] = []
 
     def make(driver: type[FakeDriver] = FinalDriver, **options: Any) -> Bench:
@@ -224,7 +237,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
         if each.driver.stuck is not None:
             each.driver.stuck.set()
         each.host.close()
-        each.host.pool.shutdown(wait=True)
+        for lane in (each.host.driver_lane, each.host.function_lane, each.host.memory_lane):
+            assert lane.join(5)
 
 
 MakeBench = Callable[..., Bench]

@@ -2,12 +2,12 @@
 """Fault plans: which promises an emulated function breaks, and for which transfers.
 
 A plan is written ``name[@N[-M]],...``. ``N`` and ``M`` count the function's transfers (descriptors,
-or commands of a simple engine) from 1; the fault holds from the N-th transfer on, up to and with the
-M-th. Without ``@N`` it holds from the start, without ``-M`` for ever.
+or commands of a simple engine) from 1; the fault holds from the N-th transfer on, up to and with
+the M-th. Without ``@N`` it holds from the start, without ``-M`` for ever.
 
 A function that hangs transfers nothing more, so its faults would never end. Therefore a transfer
-that hung and was reset away counts, and for ``refuse_reset`` each reset that was refused counts like
-a transfer: ``refuse_reset@1-3`` refuses at most three resets.
+that hung and was reset away counts, and for ``refuse_reset`` each reset that was refused counts
+like a transfer: ``refuse_reset@1-3`` refuses at most three resets.
 """
 
 from __future__ import annotations

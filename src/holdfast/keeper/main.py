@@ -18,7 +18,8 @@ from holdfast.contracts import FunctionBackend
 from holdfast.dma.iova import IovaSpace
 from holdfast.errors import HoldfastError, SystemFailure
 from holdfast.keeper import embedded
-from holdfast.keeper.function import FunctionHost, dma_bits, iova_range, usable_range
+from holdfast.keeper.addresses import dma_bits, iova_range, usable_range
+from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.server import Keeper, Settings
 from holdfast.keeper.unit import Unit
 from holdfast.kernel import packets, pci_sysfs

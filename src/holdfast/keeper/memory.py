@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,13 +23,14 @@ from holdfast.errors import (
     DeviceGone,
     HoldfastError,
     RemoteError,
+    StaysStuck,
     UsageError,
 )
-from holdfast.keeper.function import FunctionHost
+from holdfast.keeper.function import CALL_DEADLINE, FunctionHost
 from holdfast.keeper.journal import Entry, Journal
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.kernel import procfs
-from holdfast.values import Iova, Perm
+from holdfast.values import Iova, LeaseId, Perm
 
 PAGE = 4096
 MAP_DEADLINE = 120.0
@@ -63,6 +65,16 @@ class ProcessMemory:
 
 
 @dataclass(slots=True)
+class _Unmapping:
+    """A lease's unmaps, carried out in a thread that may be late: what is gone must not be lost."""
+
+    entries: list[Entry]
+    outcomes: list[int | HoldfastError] = field(default_factory=list)
+    begun: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(slots=True)
 class MemoryDesk:
     """Hands memory to leases and takes it back. Used by the keeper's loop only."""
 
@@ -70,6 +82,7 @@ class MemoryDesk:
     journal: Journal
     ledger: Ledger
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _unmapping: dict[LeaseId, _Unmapping] = field(default_factory=dict)
 
     # -- slabs ------------------------------------------------------------
 
@@ -103,7 +116,7 @@ class MemoryDesk:
             memory = host.source.take(size)
             base = host.arena_iova
             return HeldSlab(number, memory, size, [base + offset for offset, _ in memory.extents])
-        memory = await host.call(host.source.take, size)
+        memory = await host.call_memory(host.source.take, size)
         if memory.addresses is not None:
             return HeldSlab(number, memory, size, [Iova(at) for at in memory.addresses])
         try:
@@ -248,17 +261,31 @@ class MemoryDesk:
 
     # -- the end of a lease ------------------------------------------------------------
 
-    async def unmap_all(self, lease: Lease, *, retire: bool) -> bool:
+    async def unmap_all(
+        self, lease: Lease, *, retire: bool, deadline: float = CALL_DEADLINE
+    ) -> bool:
         """Undo every mapping of a lease; True if each unmap took exactly what was mapped.
 
-        With ``retire`` the IOVAs are not handed out again until :meth:`reinstate`.
+        With ``retire`` the IOVAs are not handed out again until :meth:`reinstate`. Raises
+        StaysStuck after ``deadline`` seconds; what came of it is then found by the next call.
         """
-        entries = list(self.journal.entries(lease.number))
-        if not entries:
-            return True
-        outcomes = await self.host.call(self._unmap_now, entries)
+        work = self._unmapping.get(lease.number)
+        if work is not None and not work.done.is_set():
+            raise StaysStuck("an earlier unmap has not come back", operation="unmap",
+                             target=str(self.host.target))  # fmt: skip
+        if work is None:
+            entries = list(self.journal.entries(lease.number))
+            if not entries:
+                return True
+            work = self._unmapping[lease.number] = _Unmapping(entries)
+            try:
+                await self.host.call_within(deadline, partial(self._unmap_now, work))
+            finally:
+                if not work.begun:
+                    del self._unmapping[lease.number]
+        del self._unmapping[lease.number]
         complete, problem = True, None
-        for entry, outcome in zip(entries, outcomes, strict=True):
+        for entry, outcome in zip(work.entries, work.outcomes, strict=True):
             if isinstance(outcome, HoldfastError):
                 problem = problem or outcome  # the others are gone all the same, and recorded so
             else:
@@ -294,15 +321,20 @@ class MemoryDesk:
         unmapped = await self.host.call(self._unmap_one, entry)
         return self._close(entry, unmapped, retire=False)
 
-    def _unmap_now(self, entries: list[Entry]) -> list[int | HoldfastError]:
-        """Bytes that each unmap took away, or why it failed. Blocking."""
-        outcomes: list[int | HoldfastError] = []
-        for entry in entries:
-            try:
-                outcomes.append(self._unmap_one(entry))
-            except HoldfastError as error:
-                outcomes.append(error)
-        return outcomes
+    def _unmap_now(self, work: _Unmapping) -> None:
+        """Find out how many bytes each unmap takes away, or why it fails. Blocking."""
+        work.begun = True
+        try:
+            for entry in work.entries:
+                try:
+                    work.outcomes.append(self._unmap_one(entry))
+                except HoldfastError as error:
+                    work.outcomes.append(error)
+                except Exception as error:  # noqa: BLE001 - each entry has an outcome
+                    said = f"{type(error).__name__}: {error}"
+                    work.outcomes.append(HoldfastError(said, operation="unmap"))
+        finally:
+            work.done.set()
 
     def _unmap_one(self, entry: Entry) -> int:
         try:
@@ -332,7 +364,7 @@ class MemoryDesk:
             raise HoldfastError("a failed map could not be undone", operation="map")
 
     async def _recycle(self, lease: Lease, slabs: list[HeldSlab]) -> None:
-        lease.punch_ns += await self.host.call(self._punch, slabs)
+        lease.punch_ns += await self.host.call_memory(self._punch, slabs)
         for slab in slabs:
             self.host.source.recycle(slab.memory)
             self.ledger.discharge(lease.number, slab.size)
