@@ -58,5 +58,5 @@ class Deadlines:
             )
 
     def ladder(self) -> float:
-        """Seconds in which every measure up to the last has been tried once."""
-        return self.drain + self.stop + self.isolate + self.reset + self.unmap
+        """Seconds in which every measure of the engine and the function has been tried once."""
+        return self.drain + self.stop + self.isolate + self.reset

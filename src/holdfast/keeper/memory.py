@@ -143,8 +143,8 @@ class MemoryDesk:
                 raise UsageError(f"no slab {number}", operation="give slab back")
             if slab.entry is not None and not await self._unmap(slab.entry):
                 raise HoldfastError("unmapped less than the slab", operation="give slab back")
-            del lease.slabs[number]
             await self._recycle(lease, [slab])
+            del lease.slabs[number]
 
     # -- pins ------------------------------------------------------------
 
@@ -304,10 +304,9 @@ class MemoryDesk:
         if lease.own_memory is not None:
             os.close(lease.own_memory)
             lease.own_memory = None
-        slabs = list(lease.all_slabs())
-        lease.control = None
+        await self._recycle(lease, list(lease.all_slabs()))
+        lease.control = None  # not before: until they are gone they are this lease's
         lease.slabs.clear()
-        await self._recycle(lease, slabs)
 
     def reinstate(self, ranges: list[tuple[Iova, int]]) -> None:
         """Retired IOVAs may be used again: the function has been proven quiet since."""

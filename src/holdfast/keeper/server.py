@@ -48,6 +48,8 @@ from holdfast.wire import lease as wire
 
 HISTORY = 4096
 """How many ended leases ``ps`` can still tell about."""
+WIND_UP_POLL = 0.05
+"""Seconds between two looks at whether what is still dying has come to quarantine."""
 LEAVE_GRACE = 5.0
 """Seconds that clients have to let go of a function that the system wants back."""
 
@@ -180,10 +182,15 @@ class Keeper:
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
-        bound = self.settings.deadlines.ladder()
-        if self._deaths:
-            # What is not quiet by then keeps its memory until the function itself is let go.
-            await asyncio.wait(self._deaths.values(), timeout=bound)
+        # What is not quiet by then keeps its memory until the function itself is let go.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.deadlines.ladder()):
+                while tasks := [
+                    task
+                    for number, task in self._deaths.items()
+                    if self.leases[number].machine.state is not State.QUARANTINE
+                ]:
+                    await asyncio.wait(tasks, timeout=WIND_UP_POLL)
         for task in [*self._deaths.values(), *self.host.tasks]:
             task.cancel()
         self.unwatch()
