@@ -86,10 +86,10 @@ def drain(driver: Driver, channels: Sequence[int]) -> None:
 
 
 def _count(value: object, method: str) -> int:
-    number = operator.index(value) if isinstance(value, SupportsIndex) else -1
+    number = int.__add__(operator.index(value), 0) if isinstance(value, SupportsIndex) else -1
     if number < 0:
         raise DriverFailed(f"{method} answered {_name(value)}", operation="drive")
-    return int.__add__(number, 0)
+    return number
 
 
 def _truth(value: object, method: str) -> bool:

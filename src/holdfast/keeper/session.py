@@ -132,7 +132,13 @@ class Session:
             raise UsageError("this connection has its lease already", operation="open")
         self.keeper.require_room()  # first, because the reason may last
         if not host.usable.is_set():
-            raise Busy("the function is being quieted", operation="open", target=str(host.target))
+            hangs = ", and its driver hangs" if host.driver_lane.stuck else ""
+            raise Busy(
+                f"the function is being quieted{hangs}",
+                operation="open",
+                target=str(host.target),
+                hint="wait (timeout=...), see holdfast ps",
+            )
         default = Access.SHARED if host.facts.channels else Access.EXCLUSIVE
         lease.access = request.access or default
         # One at a time from the proof that nobody else holds it to the lease that does.
