@@ -74,7 +74,8 @@ def test_a_transfer_from_own_memory_completes_while_the_keeper_is_killed(
                 time.sleep(0.05)  # into the middle of it
                 kill(ps(card)["keeper"])
                 transfer.wait(LONG)
-        assert np.array_equal(into, source)
+        wrong = np.flatnonzero(into != source)
+        assert not len(wrong), (len(wrong), wrong[0], wrong[-1])
 
 
 def test_a_killed_keeper_is_back_within_half_a_second(serve: Callable[..., Stack]) -> None:

@@ -98,7 +98,8 @@ def it() -> Iterator[Desk]:
     desk = Desk()
     yield desk
     desk.host.close()
-    desk.host.pool.shutdown(wait=True)
+    for lane in (desk.host.driver_lane, desk.host.function_lane, desk.host.memory_lane):
+        assert lane.join(5)
 
 
 def test_the_whole_pages_around_the_memory_are_reserved_and_charged(it: Desk) -> None:

@@ -5,19 +5,33 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from holdfast import backends
 from holdfast.cli.sizes import SIZE
 from holdfast.keeper.anchor_link import HEARTBEAT, SAFE_AFTER, Guard
+from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.main import Service, run
-from holdfast.keeper.quiesce import Deadlines
 from holdfast.keeper.server import Settings
 from holdfast.values import Policy, Target
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 LAB_VARIABLE = "HOLDFAST_LAB_GUEST"
 """Set in the lab's virtual machines, where a card may write wherever it likes."""
+
+
+_BOUNDS = Deadlines()
+
+
+def _seconds(name: str, default: float, what: str) -> Callable[[F], F]:
+    """An option for one of the death protocol's bounds."""
+    return click.option(
+        name, type=float, default=default, show_default=True, metavar="SECONDS", help=what
+    )
 
 
 @click.command(help="Keep a function: hand out leases, outlive their holders.")
@@ -34,10 +48,13 @@ LAB_VARIABLE = "HOLDFAST_LAB_GUEST"
 @click.option("--quota", type=SIZE, default="1G", show_default=True, help="bytes per lease")
 @click.option("--quarantine", type=SIZE, default="1G", show_default=True, help="admission bound")
 @click.option("--idle", type=float, default=None, help="end after this many idle seconds")
-@click.option("--drain-deadline", type=float, default=10.0, show_default=True)
-@click.option("--stop-deadline", type=float, default=2.0, show_default=True)
-@click.option("--isolate-deadline", type=float, default=1.0, show_default=True)
-@click.option("--reset-deadline", type=float, default=5.0, show_default=True)
+@_seconds("--drain-deadline", _BOUNDS.drain, "for what a dead client posted to finish")
+@_seconds("--stop-deadline", _BOUNDS.stop, "for one call of the driver, such as to stop")
+@_seconds("--isolate-deadline", _BOUNDS.isolate, "to come to rest without bus mastering")
+@_seconds("--reset-deadline", _BOUNDS.reset, "for a reset, and for setting up after it")
+@_seconds("--unmap-deadline", _BOUNDS.unmap, "to undo every mapping of a dead lease")
+@_seconds("--quarantine-period", _BOUNDS.quarantine, "to the first new look at a lease in it")
+@_seconds("--quarantine-longest", _BOUNDS.quarantine_longest, "between two looks at most")
 @click.option("--metrics-port", type=int, default=None, help="Prometheus metrics on loopback")
 @click.option("--log", default="", help="append every step of every lease to this file")
 @click.option(
@@ -68,6 +85,9 @@ def command(
     stop_deadline: float,
     isolate_deadline: float,
     reset_deadline: float,
+    unmap_deadline: float,
+    quarantine_period: float,
+    quarantine_longest: float,
     metrics_port: int | None,
     log: str,
     heartbeat: float,
@@ -83,7 +103,15 @@ def command(
         click.echo("NEGATIVE CONTROL: memory is released without proof of quiet", err=True)
     if (caution := backends.caution(parsed)) is not None:
         click.echo(f"CAUTION: {caution}", err=True)
-    deadlines = Deadlines(drain_deadline, stop_deadline, isolate_deadline, reset_deadline)
+    deadlines = Deadlines(
+        drain=drain_deadline,
+        stop=stop_deadline,
+        isolate=isolate_deadline,
+        reset=reset_deadline,
+        unmap=unmap_deadline,
+        quarantine=quarantine_period,
+        quarantine_longest=quarantine_longest,
+    )
     run(
         Service(
             parsed,

@@ -14,8 +14,9 @@ from holdfast.contracts import FunctionBackend
 from holdfast.dma.iova import IovaSpace
 from holdfast.driver import Driver
 from holdfast.keeper import embedded
+from holdfast.keeper.addresses import dma_bits, iova_range, usable_range
 from holdfast.keeper.continuity import Continuity, Inherited
-from holdfast.keeper.function import FunctionHost, dma_bits, iova_range, usable_range
+from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.held import FunctionProcess, Scope, put_handover
 from holdfast.keeper.journal import Journal
 from holdfast.kernel import pci_sysfs

@@ -343,6 +343,14 @@ class LeaseClient:
             told["more"] = page["more"]
         return told
 
+    def retry(self, lease: int, *, force: bool = False) -> dict[str, Any]:
+        """Have a quarantined lease looked at now: its state then, and why. See ``wire.Retry``."""
+        reply, _ = self.request(wire.Retry(lease=lease, force=force))
+        value = expect(reply, wire.Result).value
+        if not isinstance(value, dict):
+            raise ProtocolError("retry did not answer with a dict", operation="retry")
+        return value
+
     def close(self) -> None:
         """Say goodbye and hang up. Idempotent; never raises for a keeper that is gone."""
         if self._sock.fileno() < 0:

@@ -102,10 +102,12 @@ class FunctionProcess:
 
     def gone(self) -> bool:
         """Whether all of it has ended: it writes no more (kernel/exit.c, exit_notify)."""
-        return pidfd.is_dead(self.pidfd)
+        return self.pidfd < 0 or pidfd.is_dead(self.pidfd)
 
     def end(self) -> None:
-        """Kill it and wait until it is gone."""
+        """Kill it and wait until it is gone. Idempotent."""
+        if self.pidfd < 0:
+            return
         pidfd.kill(self.pidfd)
         pidfd.await_death(self.pidfd)
         try:
@@ -113,3 +115,4 @@ class FunctionProcess:
         except ChildProcessError:
             pass  # a predecessor's child: the standby reaps it
         os.close(self.pidfd)
+        self.pidfd = -1

@@ -12,9 +12,15 @@ from typing import Any
 from holdfast.dma.slab import SlabMemory
 from holdfast.driver import Grant
 from holdfast.keeper.journal import Entry, LeaseRecord, Mark, Stage
+from holdfast.keeper.quarantine import Quarantined
 from holdfast.keeper.state import Fact, Machine, State
 from holdfast.kernel.pidfd import Peer
 from holdfast.values import Access, Iova, LeaseId, Policy
+
+MOST_WHY = 300
+"""Characters of a reason in the log: it travels in every answer to ps."""
+FIRST_STEPS, LAST_STEPS = 16, 32
+"""How much of a log is kept. What a lease in quarantine goes through for days is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,10 @@ class Lease:
     maps_registers: bool = False
     """It was given the engine's BAR to map: a window that can outlive it in a child or a passed
     descriptor."""
+    command: str = ""
+    """The name of its process, from when it lived."""
+    quarantined: Quarantined | None = None
+    """What is known of its quarantine, once it came there."""
     log: list[Step] = field(default_factory=list)
     in_flight_at_death: int = 0
     completed_after_death: bool = False
@@ -123,8 +133,10 @@ class Lease:
 
     def note(self, why: str, at_ns: int = 0) -> None:
         """Log that the present state was entered (or explained), now or when it was noticed."""
-        step = Step(self.machine.state, at_ns or time.monotonic_ns(), why)
+        step = Step(self.machine.state, at_ns or time.monotonic_ns(), why[:MOST_WHY])
         self.log.append(step)
+        if len(self.log) > FIRST_STEPS + LAST_STEPS:
+            del self.log[FIRST_STEPS]
         if self.recorder is not None:
             self.recorder(self, step)
 
@@ -193,11 +205,20 @@ class Lease:
             lease.signal(goodbye=True)
         return lease
 
+    def outcome(self) -> dict[str, Any]:
+        """Where it has come to, and the latest reason for it."""
+        why = self.log[-1].why
+        if self.machine.state is State.QUARANTINE and self.quarantined is not None:
+            why = self.quarantined.last or why
+        return {"lease": int(self.number), "state": str(self.machine.state), "why": why}
+
     def describe(self) -> dict[str, Any]:
         """What ``holdfast ps`` shows of this lease."""
+        held = self.quarantined if self.machine.state is State.QUARANTINE else None
         return {
             "lease": int(self.number),
             "pid": self.peer.pid,
+            "command": self.command,
             "uid": self.peer.uid,
             "state": str(self.machine.state),
             "policy": str(self.machine.policy),
@@ -207,6 +228,7 @@ class Lease:
             "pins": len(self.pins),
             "lifeline": self.lifeline,
             "withheld": [str(fact) for fact in self.machine.withheld()] if not self.alive else [],
+            "quarantine": held.describe(self.nbytes) if held is not None else None,
             "in_flight_at_death": self.in_flight_at_death,
             "completed_after_death": self.completed_after_death,
             "punch_ns": self.punch_ns,

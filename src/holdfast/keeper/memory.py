@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -25,15 +26,16 @@ from holdfast.errors import (
     DeviceGone,
     HoldfastError,
     RemoteError,
+    StaysStuck,
     UsageError,
 )
-from holdfast.keeper.function import FunctionHost
+from holdfast.keeper.function import CALL_DEADLINE, FunctionHost
 from holdfast.keeper.held import Holder, put_handover
 from holdfast.keeper.journal import Entry, Journal, Memory, What
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.keeper.map_state import MapState
 from holdfast.kernel import procfs
-from holdfast.values import Iova, Perm
+from holdfast.values import Iova, LeaseId, Perm
 
 PAGE = 4096
 MAP_DEADLINE = 120.0
@@ -68,6 +70,19 @@ class ProcessMemory:
 
 
 @dataclass(slots=True)
+class _Unmapping:
+    """A lease's unmaps, carried out in a thread that may be late: what is gone must not be lost."""
+
+    entries: list[Entry]
+    """As they were before."""
+    marks: list[Entry]
+    """As they are written down meanwhile."""
+    outcomes: list[int | HoldfastError] = field(default_factory=list)
+    begun: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(slots=True)
 class MemoryDesk:
     """Hands memory to leases and takes it back. Used by the keeper's loop only."""
 
@@ -76,6 +91,7 @@ class MemoryDesk:
     journal: Journal
     ledger: Ledger
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _unmapping: dict[LeaseId, _Unmapping] = field(default_factory=dict)
 
     # -- slabs ------------------------------------------------------------
 
@@ -110,7 +126,7 @@ class MemoryDesk:
     async def _map_slab(self, lease: Lease, size: int, what: What, seq: int) -> HeldSlab:
         host = self.host
         number = next(self.numbers)
-        memory = await host.call(self._take_held, number, size)
+        memory = await host.call_memory(self._take_held, number, size)
         if host.arena_iova is not None or memory.addresses is not None:
             return self._fixed_slab(lease, number, memory, size, what, seq)
         try:
@@ -173,8 +189,8 @@ class MemoryDesk:
                 slab.entry = await self._unmap(slab.entry)
                 if slab.entry is not None:
                     raise HoldfastError("unmapped less than the slab", operation="give slab back")
-            del lease.slabs[number]
             await self._recycle(lease, [slab])
+            del lease.slabs[number]
 
     # -- pins ------------------------------------------------------------
 
@@ -335,22 +351,39 @@ class MemoryDesk:
 
     # -- the end of a lease ------------------------------------------------------------
 
-    async def unmap_all(self, lease: Lease, *, retire: bool) -> bool:
+    async def unmap_all(
+        self, lease: Lease, *, retire: bool, deadline: float = CALL_DEADLINE
+    ) -> bool:
         """Undo every mapping of a lease; True if each unmap took exactly what was mapped.
 
-        With ``retire`` the IOVAs are not handed out again until :meth:`reinstate`.
+        With ``retire`` the IOVAs are not handed out again until :meth:`reinstate`. Raises
+        StaysStuck after ``deadline`` seconds; what came of it is then found by the next call.
         """
         if lease.everything:
-            await self.host.call(self.host.backend.dma_unmap_all)
-        entries = list(self.journal.entries(lease.number))
-        if not entries:
-            return True
-        marked = [self.journal.unmapping(entry) for entry in entries]
-        steps.reach("keeper.unmapping")
-        outcomes = await self.host.call(self._unmap_now, entries)
+            await self.host.call_within(deadline, self.host.backend.dma_unmap_all)
+        work = self._unmapping.get(lease.number)
+        if work is not None and not work.done.is_set():
+            raise StaysStuck("an earlier unmap has not come back", operation="unmap",
+                             target=str(self.host.target))  # fmt: skip
+        if work is None:
+            entries = list(self.journal.entries(lease.number))
+            if not entries:
+                return True
+            work = self._unmapping[lease.number] = _Unmapping(
+                entries, [self.journal.unmapping(entry) for entry in entries]
+            )
+            steps.reach("keeper.unmapping")
+            try:
+                await self.host.call_within(deadline, partial(self._unmap_now, work))
+            finally:
+                if not work.begun:
+                    del self._unmapping[lease.number]
+                    for entry, mark in zip(work.entries, work.marks, strict=True):
+                        self._failed(entry, mark)
+        del self._unmapping[lease.number]
         steps.reach("keeper.unmapped")
         complete, problem = True, None
-        for entry, mark, outcome in zip(entries, marked, outcomes, strict=True):
+        for entry, mark, outcome in zip(work.entries, work.marks, work.outcomes, strict=True):
             if isinstance(outcome, HoldfastError):
                 problem = problem or outcome  # the others are gone all the same, and recorded so
                 self._failed(entry, mark)
@@ -372,10 +405,9 @@ class MemoryDesk:
             self.holder.drop(f"lease/{lease.number}/memory")
             os.close(lease.own_memory)
             lease.own_memory = None
-        slabs = list(lease.all_slabs())
-        lease.control = None
+        await self._recycle(lease, list(lease.all_slabs()))
+        lease.control = None  # not before: until they are gone they are this lease's
         lease.slabs.clear()
-        await self._recycle(lease, slabs)
 
     def reinstate(self, ranges: list[tuple[Iova, int]]) -> None:
         """Retired IOVAs may be used again: the function has been proven quiet since."""
@@ -401,15 +433,20 @@ class MemoryDesk:
         """Record that what was mapped before is still there; what only may have been, still may."""
         return self.journal.still_mapped(mark) if entry.confirmed or unmapped else mark
 
-    def _unmap_now(self, entries: list[Entry]) -> list[int | HoldfastError]:
-        """Bytes that each unmap took away, or why it failed. Blocking."""
-        outcomes: list[int | HoldfastError] = []
-        for entry in entries:
-            try:
-                outcomes.append(self._unmap_one(entry))
-            except HoldfastError as error:
-                outcomes.append(error)
-        return outcomes
+    def _unmap_now(self, work: _Unmapping) -> None:
+        """Find out how many bytes each unmap takes away, or why it fails. Blocking."""
+        work.begun = True
+        try:
+            for entry in work.entries:
+                try:
+                    work.outcomes.append(self._unmap_one(entry))
+                except HoldfastError as error:
+                    work.outcomes.append(error)
+                except Exception as error:  # noqa: BLE001 - each entry has an outcome
+                    said = f"{type(error).__name__}: {error}"
+                    work.outcomes.append(HoldfastError(said, operation="unmap"))
+        finally:
+            work.done.set()
 
     def _unmap_one(self, entry: Entry) -> int:
         try:
@@ -441,7 +478,7 @@ class MemoryDesk:
             raise HoldfastError("a failed map could not be undone", operation="map")
 
     async def _recycle(self, lease: Lease, slabs: list[HeldSlab]) -> None:
-        lease.punch_ns += await self.host.call(self._punch, slabs)
+        lease.punch_ns += await self.host.call_memory(self._punch, slabs)
         steps.reach("keeper.death.punched")
         for slab in slabs:
             if slab.entry is None:

@@ -27,29 +27,36 @@ from holdfast.errors import (
     DeviceGone,
     HoldfastError,
     KeeperUnreachable,
+    NoPermission,
     ProtocolError,
+    QuarantineFull,
     UsageError,
     VersionMismatch,
     to_fields,
 )
 from holdfast.keeper.adoption import adopt_leases
+from holdfast.keeper.aftermath import give_channels_back
 from holdfast.keeper.anchor_link import AnchorLink
 from holdfast.keeper.connection import Connection
 from holdfast.keeper.continuity import Inherited
+from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.event_log import EventLog
 from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.memory import MemoryDesk
-from holdfast.keeper.quiesce import Deadlines, Quiesce
+from holdfast.keeper.proving import Proving
+from holdfast.keeper.quiesce import Quiesce
 from holdfast.keeper.session import Session
 from holdfast.keeper.state import Machine, State
 from holdfast.keeper.unit import Unit
-from holdfast.kernel import pidfd
+from holdfast.kernel import pidfd, procfs
 from holdfast.values import Access, Iova, LeaseId, Policy
 from holdfast.wire import lease as wire
 
 HISTORY = 4096
 """How many ended leases ``ps`` can still tell about."""
+WIND_UP_POLL = 0.05
+"""Seconds between two looks at whether what is still dying has come to quarantine."""
 LEAVE_GRACE = 5.0
 """Seconds that clients have to let go of a function that the system wants back."""
 
@@ -196,17 +203,15 @@ class Keeper:
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
-        bound = sum(
-            (
-                self.settings.deadlines.drain,
-                self.settings.deadlines.stop,
-                self.settings.deadlines.isolate,
-                self.settings.deadlines.reset,
-            )
-        )
-        if self._deaths:
-            # What is not quiet by then keeps its memory until the function itself is let go.
-            await asyncio.wait(self._deaths.values(), timeout=bound)
+        # What is not quiet by then keeps its memory until the function itself is let go.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.deadlines.ladder()):
+                while tasks := [
+                    task
+                    for number, task in self._deaths.items()
+                    if self.leases[number].machine.state is not State.QUARANTINE
+                ]:
+                    await asyncio.wait(tasks, timeout=WIND_UP_POLL)
         for task in [*self._deaths.values(), *self.host.tasks]:
             task.cancel()
         self.unwatch()
@@ -282,7 +287,7 @@ class Keeper:
                 version=wire.VERSION,
                 target=str(self.host.target),
                 keeper=os.getpid(),
-                driver=self.host.driver.name,
+                driver=self.host.facts.name,
                 policy=str(self.settings.policy),
             )
         )
@@ -329,21 +334,46 @@ class Keeper:
     def admit(self, lease: Lease, session: Session) -> None:
         """A lease begins: from now on its death is watched, and it outlives this process."""
         self.require_room()
+        lease.command = procfs.command_of(lease.peer.pid)
         self.journal.lease(lease.record())
         self.leases[lease.number] = lease
         self.sessions[lease.number] = session
         self.watch_client(lease)
 
-    def require_room(self) -> None:
-        """Raise UsageError if too much memory is in quarantine for another lease."""
+    def require_room(self, operation: str = "open") -> None:
+        """Raise QuarantineFull if too much memory is in quarantine to give any more out."""
         held = self.quarantined()
         if held >= self.settings.quarantine_bound:
-            raise UsageError(
+            raise QuarantineFull(
                 f"{held} bytes are in quarantine, at the bound of {self.settings.quarantine_bound}",
-                operation="open",
+                operation=operation,
                 target=str(self.host.target),
-                hint="see holdfast ps; reset or restart the function",
             )
+
+    async def retry(self, number: int, uid: int, *, force: bool) -> dict[str, Any]:
+        """Look at a quarantined lease now; what became of it. For the keeper's own user."""
+        target = str(self.host.target)
+        if uid != os.geteuid():
+            raise NoPermission(
+                f"the keeper belongs to user {os.geteuid()}, not to user {uid}",
+                operation="retry",
+                target=target,
+                hint="ask as the user who runs the keeper",
+            )
+        lease = self.leases.get(LeaseId(number))
+        held = lease.quarantined if lease is not None else None
+        if lease is None or held is None or lease.machine.state is not State.QUARANTINE:
+            raise UsageError(
+                f"lease {number} is not in quarantine",
+                operation="retry",
+                target=target,
+                hint="see holdfast ps",
+            )
+        ask = held.ask(force=force)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.deadlines.ladder()):
+                await ask.answer.wait()
+        return lease.outcome()
 
     def _died(self, lease: Lease) -> None:
         self._loop.remove_reader(lease.peer.pidfd)
@@ -402,8 +432,8 @@ class Keeper:
 
     def resume_withheld(self, lease: Lease, ranges: list[tuple[Iova, int]]) -> None:
         """Go on waiting for a lease's channels and IOVAs, which a predecessor withheld."""
-        quiesce = Quiesce(lease, self.host, self.desk, self.settings.deadlines, self)
-        self.host.keep(quiesce.resume_withheld(ranges))
+        proving = Proving(lease, self.host, self.desk, self.settings.deadlines, self, ranges)
+        self.host.keep(give_channels_back(proving))
 
     def watch_client(self, lease: Lease) -> None:
         """Notice the death of a lease's process."""
@@ -415,12 +445,9 @@ class Keeper:
         if self._deaths:
             return  # the last of them turns it on
         try:
-            deadline = self.settings.deadlines.reset
-            await self.host.drive(deadline, lambda: self.host.reconnect(probe=True))
+            await self.host.restore(self.settings.deadlines.reset)
         except HoldfastError as error:
             sys.stderr.write(f"holdfast: {self.host.target} is not usable again: {error}\n")
-        else:
-            self.host.usable.set()
 
     def attend_again(self, lease: Lease, connection: Connection) -> None:
         """Go on serving a client of a predecessor, once what was begun for it is undone."""
@@ -449,11 +476,22 @@ class Keeper:
             if but is None or number != but.number:
                 session.notify(what, text)
 
+    def at_work(self, *, but: Lease) -> list[int]:
+        """Other leases that would lose what they have in flight by a function-level step."""
+        return [
+            int(lease.number)
+            for lease in self.leases.values()
+            if lease is not but
+            and lease.claimed
+            and lease.machine.state in (State.ALIVE, State.FROZEN, State.DRAINING)
+        ]
+
     def ps(self, after: int) -> dict[str, Any]:
         """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time."""
         ended = [told for told in self.history if told["lease"] > after]
         living = [lease.describe() for lease in self.leases.values() if lease.number > after]
         every = sorted(ended + living, key=lambda told: int(told["lease"]))
+        page = wire.page_of(every)
         return {
             "target": str(self.host.target),
             "keeper": os.getpid(),
@@ -462,10 +500,10 @@ class Keeper:
             "safe_mode": self.continuity.safe_mode,
             "successions": self.continuity.counters.successions,
             "function": self.host.child.pid if self.host.child is not None else None,
-            "driver": self.host.driver.name,
+            "driver": self.host.facts.name,
             "policy": str(self.settings.policy),
-            "leases": every[: wire.PS_PAGE],
-            "more": len(every) > wire.PS_PAGE,
+            "leases": page,
+            "more": len(every) > len(page),
             "free_channels": sorted(self.host.free_channels),
             "quarantined_bytes": self.quarantined(),
             "unaccounted_bytes": self.unaccounted(),

@@ -19,7 +19,7 @@ import msgspec
 
 from holdfast import steps
 from holdfast.dma.sg import SgList
-from holdfast.driver import ControlMemory, Driver
+from holdfast.driver import ControlMemory
 from holdfast.errors import (
     BadAccess,
     Busy,
@@ -30,6 +30,7 @@ from holdfast.errors import (
     UsageError,
     to_fields,
 )
+from holdfast.keeper import asking
 from holdfast.keeper.connection import Connection
 from holdfast.keeper.describe import (
     Bells,
@@ -51,6 +52,10 @@ H = TypeVar("H", HeldSlab, HeldPin)
 
 COMMAND_DEADLINE = 5.0
 """Seconds that a driver command may take."""
+
+
+_WITHOUT_LEASE = wire.Open | wire.Ps | wire.Retry | wire.Close
+"""What may be asked before a lease is opened."""
 
 
 class Session:
@@ -84,6 +89,7 @@ class Session:
             wire.Regrant: self._regrant,
             wire.Reset: self._reset,
             wire.Ps: self._ps,
+            wire.Retry: self._retry,
             wire.Close: self._close,
         }
 
@@ -111,7 +117,7 @@ class Session:
                 return  # asked again before it could see the answer
             self._last_seq = request.seq
         try:
-            if not self._opened and not isinstance(request, wire.Open | wire.Ps | wire.Close):
+            if not self._opened and not isinstance(request, _WITHOUT_LEASE):
                 raise UsageError("open a lease first", operation=type(request).__name__)
             await handler(request, fds)
             self._first = self._first and not request.seq
@@ -125,7 +131,7 @@ class Session:
                 f"{type(error).__name__}: {error}",
                 operation=type(request).__name__,
                 target=str(self.host.target),
-                hint=f"this is a fault in driver {self.host.driver.name} or in the keeper",
+                hint=f"this is a fault in driver {self.host.facts.name} or in the keeper",
             )
             self.connection.send(wire.Failed(seq=request.seq, error=to_fields(told)))
 
@@ -136,7 +142,7 @@ class Session:
     # -- opening ------------------------------------------------------------
 
     async def _open(self, request: wire.Open, _: list[int]) -> None:
-        lease, host, driver = self.lease, self.host, self.host.driver
+        lease, host = self.lease, self.host
         if self._opened and self._first:
             await self._open_again(request)
             return
@@ -144,8 +150,14 @@ class Session:
             raise UsageError("this connection has its lease already", operation="open")
         self.keeper.require_room()  # first, because the reason may last
         if not host.usable.is_set():
-            raise Busy("the function is being quieted", operation="open", target=str(host.target))
-        default = Access.SHARED if driver.channels() else Access.EXCLUSIVE
+            hangs = ", and its driver hangs" if host.driver_lane.stuck else ""
+            raise Busy(
+                f"the function is being quieted{hangs}",
+                operation="open",
+                target=str(host.target),
+                hint="wait (timeout=...), see holdfast ps",
+            )
+        default = Access.SHARED if host.facts.channels else Access.EXCLUSIVE
         lease.access = request.access or default
         # One at a time from the proof that nobody else holds it to the lease that does.
         async with self.keeper.unit.lock:
@@ -191,8 +203,9 @@ class Session:
         lease, host, driver = self.lease, self.host, self.host.driver
         if not lease.claimed:
             return []
+        host.require_driver("start channels")
         await host.drive(COMMAND_DEADLINE, self._require_idle)
-        need = driver.control_bytes * max(1, len(lease.channels))
+        need = host.facts.control_bytes * max(1, len(lease.channels))
         if need and lease.control is None:
             await self.desk.take_slab(lease, need, control=True)
         with ExitStack() as stack:
@@ -205,10 +218,9 @@ class Session:
         return await host.call(host.bells_for, lease.grant.bells)
 
     def _require_idle(self) -> None:
-        driver, channels = self.host.driver, self.lease.channels
-        if type(driver).in_flight is Driver.in_flight:
+        if not self.host.facts.tells:
             return  # a function of which nothing is known: nothing to ask
-        if not driver.stop(channels) and driver.in_flight(channels):
+        if not self.host.rests(self.lease.channels):
             raise Busy("the engine is not at rest", operation="open", target=str(self.host.target))
 
     def _control_memory(self, stack: ExitStack) -> ControlMemory | None:
@@ -278,7 +290,9 @@ class Session:
         pause = 0.0003
         with contextlib.suppress(HoldfastError, TimeoutError):
             async with asyncio.timeout(COMMAND_DEADLINE):
-                while await self.host.drive(COMMAND_DEADLINE, lambda: driver.in_flight(channels)):
+                while await self.host.drive(
+                    COMMAND_DEADLINE, lambda: asking.in_flight(driver, channels)
+                ):
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 0.002)
 
@@ -286,7 +300,9 @@ class Session:
 
     async def _take_slab(self, request: wire.TakeSlab, _: list[int]) -> None:
         slab = self._answered(self.lease.slabs, request.seq)
-        slab = slab or await self.desk.take_slab(self.lease, request.nbytes, seq=request.seq)
+        if slab is None:
+            self.keeper.require_room("alloc")
+            slab = await self.desk.take_slab(self.lease, request.nbytes, seq=request.seq)
         fds: list[int] = []
         info = describe_slab(slab, fds)
         self.connection.send(wire.SlabTaken(seq=request.seq, info=info), fds)
@@ -306,7 +322,9 @@ class Session:
         driver, channels = self.host.driver, self.lease.channels
         busy = 0
         if self.lease.claimed:
-            busy = await self.host.drive(COMMAND_DEADLINE, lambda: driver.in_flight(channels))
+            busy = await self.host.drive(
+                COMMAND_DEADLINE, lambda: asking.in_flight(driver, channels)
+            )
         if busy:
             raise Busy(
                 "transfers of this lease are in flight",
@@ -403,17 +421,19 @@ class Session:
             )
 
     async def _command(self, request: wire.Command, _: list[int]) -> None:
-        found = self.host.driver.commands().get(request.name)
-        if found is None:
-            raise NotSupported(
-                f"driver {self.host.driver.name} has no command {request.name!r}",
-                operation="command",
-                target=str(self.host.target),
-                hint=f"it has: {', '.join(sorted(self.host.driver.commands())) or 'none'}",
-            )
+        self.host.require_driver("command")
         channels = self.lease.channels
 
         def carry_out() -> object:
+            commands = self.host.driver.commands()
+            found = commands.get(request.name)
+            if found is None:
+                raise NotSupported(
+                    f"driver {self.host.facts.name} has no command {request.name!r}",
+                    operation="command",
+                    target=str(self.host.target),
+                    hint=f"it has: {', '.join(sorted(commands)) or 'none'}",
+                )
             try:
                 return found(channels, **request.args)
             except (TypeError, ValueError) as error:
@@ -433,9 +453,11 @@ class Session:
                 raise Busy(
                     "a dead lease is being quieted", operation="reset", target=str(host.target)
                 )
-            await host.call(host.backend.reset)
+            host.require_driver("reset")
+            host.disturbed += 1
+            await host.call(host.reset)
             try:
-                await host.drive(COMMAND_DEADLINE, lambda: host.reconnect(probe=True))
+                await host.drive(COMMAND_DEADLINE, host.reconnect)
             finally:
                 # Told after the fact: who starts its channels anew upon this must not lose them.
                 self.keeper.announce("reset", "another lease reset the function", but=self.lease)
@@ -444,4 +466,8 @@ class Session:
     async def _ps(self, request: wire.Ps, _: list[int]) -> None:
         await self.host.call(self.keeper.link.refresh)
         told = self.keeper.ps(request.after)
+        self.connection.send(wire.Result(seq=request.seq, value=told))
+
+    async def _retry(self, request: wire.Retry, _: list[int]) -> None:
+        told = await self.keeper.retry(request.lease, self.lease.peer.uid, force=request.force)
         self.connection.send(wire.Result(seq=request.seq, value=told))

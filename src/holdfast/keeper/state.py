@@ -127,6 +127,13 @@ TABLE: tuple[Row, ...] = (
     _row(State.UNMAPPED, Event.FREED, State.RELEASED),
     _row(State.QUARANTINE, Event.IDLE, State.QUIET, Fact.IDLE_CONFIRMED),
     _row(State.QUARANTINE, Event.RESET_DONE, State.QUIET, Fact.RESET_TRUSTED),
+    _row(
+        State.QUARANTINE,
+        Event.UNREACHABLE,
+        State.UNMAPPED,
+        Fact.STRICTLY_UNMAPPED,
+        Fact.IOVAS_RETIRED,
+    ),
 )
 """Every edge a lease can take. The diagram in ``docs/death-protocol.md`` is drawn from it."""
 
@@ -202,6 +209,9 @@ class Machine:
             raise IllegalStep(f"release gate closed: {self.withheld()}")
         self.state = row.target
         self.last = event
+        if self.state is State.QUARANTINE:
+            # What led here contradicts what was seen of the engine before: it must be seen anew.
+            self.facts -= QUIET_PROOFS
         return self.state
 
     def withheld(self) -> tuple[Fact, ...]:

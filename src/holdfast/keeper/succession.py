@@ -23,20 +23,24 @@ register write may happen twice if its keeper is killed within it.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
 
 from holdfast import backends, steps
 from holdfast.contracts import FileWindow, FunctionBackend, MemoryWindow
 from holdfast.dma.iova import IovaSpace
 from holdfast.dma.slab import Arena, OwnFiles, SlabMemory, SlabSource
 from holdfast.driver import Driver
-from holdfast.errors import DeviceGone, HoldfastError
+from holdfast.errors import DeviceGone, HoldfastError, StaysStuck
 from holdfast.keeper.access import BackendAccess, set_bus_master
+from holdfast.keeper.addresses import dma_bits, iova_range, usable_range
+from holdfast.keeper.asking import guarded
 from holdfast.keeper.bringing_up import bring_up, find_driver, hold_backend, shared_space
 from holdfast.keeper.continuity import Continuity, Inherited
-from holdfast.keeper.function import FunctionHost, dma_bits, iova_range, usable_range
+from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.held import FunctionProcess, Scope, find_handover
 from holdfast.keeper.journal import Contents, Corrupt, HostRecord, Journal, What
 from holdfast.keeper.map_state import REACHABLE, MapState
@@ -183,10 +187,11 @@ def _host(
         irq_fds=list(_irqs(scope)),
         free_channels=set(range(driver.channels())),
         child=process,
+        safe=orders.safe,
     )
     if not host.is_master():
         host.usable.clear()
-        host.reprobe = True
+        host.was_reset = True  # perhaps
     return host
 
 
@@ -202,17 +207,26 @@ def _driver(target: Target, access: BackendAccess, *, safe: bool) -> Driver:
     """The driver, as it must be in the middle of its work. None of it if that cannot be had."""
     if safe:
         return Driver(access)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="resume")
+    found: SimpleQueue[Driver | HoldfastError] = SimpleQueue()
+
+    def resume() -> None:
+        try:
+            found.put(guarded(partial(_resumed, target, access)))
+        except HoldfastError as error:
+            found.put(error)
+
+    # One that hangs must not keep this process from ending, either.
+    threading.Thread(target=resume, name="resume", daemon=True).start()
     try:
-        return pool.submit(_resumed, target, access).result(RESUME_DEADLINE)
-    except DeviceGone:
-        raise
-    except Exception as error:  # noqa: BLE001 - a driver may raise anything, or hang
-        what = f"{type(error).__name__}: {error}"
-        sys.stderr.write(f"holdfast: {target}: its driver cannot go on ({what}): none is used\n")
+        driver = found.get(timeout=RESUME_DEADLINE)
+    except Empty:
+        driver = StaysStuck(f"no answer within {RESUME_DEADLINE:g} s", operation="resume")
+    if isinstance(driver, DeviceGone):
+        raise driver
+    if isinstance(driver, HoldfastError):
+        sys.stderr.write(f"holdfast: {target}: its driver cannot go on ({driver}): none is used\n")
         return Driver(access)
-    finally:
-        pool.shutdown(wait=False)
+    return driver
 
 
 def _resumed(target: Target, access: BackendAccess) -> Driver:

@@ -127,6 +127,18 @@ def is_memory_of(fd: int, pid: int) -> bool:
         return False
 
 
+def command_of(pid: int) -> str:
+    """The name of a process (comm, proc_pid_comm(5)): at most 15 characters; "" if it is gone.
+
+    Processes choose it themselves: for showing only, so what cannot be printed is replaced.
+    """
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "".join(c if c.isprintable() else "?" for c in name.removesuffix("\n"))
+
+
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot: with the pid an identity across reuse.
 

@@ -15,6 +15,7 @@ any other and starts the death protocol.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -30,6 +31,8 @@ MAX_REGISTER_BLOCK = 4096
 
 PS_PAGE = 24
 """Most leases in one answer to Ps."""
+PS_BYTES = 48 * 1024
+"""Most bytes that they take in it."""
 
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
@@ -135,6 +138,17 @@ class Ps(Message, frozen=True):
     after: U63 = 0
 
 
+class Retry(Message, frozen=True):
+    """Look at a quarantined lease now. For the keeper's own user; allowed without a lease.
+
+    With ``force`` also by a function-level step that other leases would lose transfers by.
+    Answered with :class:`Result`: the lease's state, and the last line of its log.
+    """
+
+    lease: U63
+    force: bool = False
+
+
 class Close(Message, frozen=True):
     """Orderly end; the connection hangs up after the reply."""
 
@@ -154,6 +168,7 @@ Request = (
     | Regrant
     | Reset
     | Ps
+    | Retry
     | Close
 )
 
@@ -308,6 +323,18 @@ def encode(message: Message) -> bytes:
             operation="encode lease message",
         )
     return packet
+
+
+def page_of(told: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many of these as fit one answer to Ps, from the first on; at least one of them."""
+    page: list[dict[str, Any]] = []
+    size = 0
+    for each in told[:PS_PAGE]:
+        size += len(_encoder.encode(each))
+        if page and size > PS_BYTES:
+            break
+        page.append(each)
+    return page
 
 
 def decode_request(packet: bytes) -> Request:
