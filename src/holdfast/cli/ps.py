@@ -30,7 +30,7 @@ def ask(path: str) -> dict[str, Any]:
 @click.option("--all", "every", is_flag=True, help="also leases that have ended")
 def command(as_json: bool, every: bool) -> None:
     keepers = []
-    for path in sorted(embedded.runtime_dir().glob("*.sock")):
+    for path in embedded.sockets():
         try:
             keepers.append(ask(str(path)))
         except (OSError, HoldfastError) as error:

@@ -104,6 +104,8 @@ class Lease:
     """Told of each step, besides the log."""
     lifeline: int = 0
     """Inode of the client's end of the lease's socket, as the client says."""
+    run: str = ""
+    """Token of the ``holdfast run`` that its process is a part of, as the client says."""
     hung_up: bool = False
     process_dead: bool = False
 
@@ -206,6 +208,7 @@ class Lease:
             "bytes": self.nbytes,
             "pins": len(self.pins),
             "lifeline": self.lifeline,
+            "run": self.run,
             "withheld": [str(fact) for fact in self.machine.withheld()] if not self.alive else [],
             "in_flight_at_death": self.in_flight_at_death,
             "completed_after_death": self.completed_after_death,

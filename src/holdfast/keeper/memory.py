@@ -32,12 +32,14 @@ from holdfast.keeper.held import Holder, put_handover
 from holdfast.keeper.journal import Entry, Journal, Memory, What
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.keeper.map_state import MapState
-from holdfast.kernel import procfs
+from holdfast.kernel import disposal, limits, procfs
 from holdfast.values import Iova, Perm
 
 PAGE = 4096
 MAP_DEADLINE = 120.0
 """Seconds that a map may take: the kernel clears and pins every page of it."""
+DESCRIPTORS_KEPT = 256
+"""Descriptors that slabs do not take: new clients and the death protocol need some."""
 PIN_LIMIT = 1 << 40
 """Largest range of its own memory that a client may pin at once, in bytes."""
 
@@ -90,11 +92,14 @@ class MemoryDesk:
         """
         if nbytes <= 0:
             raise BadBuffer(f"{nbytes} bytes", operation="alloc", target=str(self.host.target))
+        limits.require_descriptors(
+            DESCRIPTORS_KEPT, operation="alloc", target=str(self.host.target)
+        )
         granule = self.host.source.granule
         size = -(-nbytes // granule) * granule
         async with lease.memory_lock:
             self._still_alive(lease, "alloc")
-            self.ledger.charge(lease.number, size)
+            self.ledger.charge(lease.number, size, lease.peer.uid)
             try:
                 what = What.CONTROL if control else What.SLAB
                 slab = await self._map_slab(lease, size, what, seq)
@@ -246,7 +251,7 @@ class MemoryDesk:
         self._still_alive(lease, "pin")
         # Keep the offset within the page, so that alignment means the same on both sides.
         first = wanted.address % PAGE
-        self.ledger.charge(lease.number, wanted.size)
+        self.ledger.charge(lease.number, wanted.size, lease.peer.uid)
         try:
             iova = self.host.space.take(-(-(first + wanted.size) // PAGE) * PAGE)
         except BaseException:
@@ -289,7 +294,7 @@ class MemoryDesk:
     async def accept_own_memory(self, lease: Lease, fd: int) -> None:
         """Take ownership of the client's /proc/self/mem after checking that it really is."""
         if lease.own_memory is not None or not procfs.is_memory_of(fd, lease.peer.pid):
-            os.close(fd)
+            disposal.discard([fd])
             if lease.own_memory is None:
                 raise BadBuffer(
                     "the descriptor is not this client's /proc/self/mem", operation="pin"
@@ -305,7 +310,7 @@ class MemoryDesk:
             iovas = self.fixed_iovas(memory) if fixed else []
             slab = HeldSlab(next(self.numbers), memory, memory.size, iovas)
             self.journal.hold(Memory(slab.number, lease.number, slab.size, What.SLAB))
-            self.ledger.adopt(lease.number, slab.size)
+            self.ledger.adopt(lease.number, slab.size, lease.peer.uid)
             lease.slabs[slab.number] = slab
 
     async def settle(self, lease: Lease) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,6 +38,7 @@ from holdfast.keeper.describe import (
     describe_slab,
 )
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
+from holdfast.kernel import disposal
 from holdfast.kernel.mapping import Mapping
 from holdfast.uapi import pci_regs
 from holdfast.values import CONFIG_REGION, Access, IrqIndex
@@ -99,8 +99,7 @@ class Session:
                         continue
                     await self._answer(wire.decode_request(packet), fds)
             finally:
-                for fd in fds:
-                    os.close(fd)
+                disposal.discard(fds)
 
     async def _answer(self, request: wire.Request, fds: list[int]) -> None:
         handler = self._handlers.get(type(request))
@@ -443,5 +442,5 @@ class Session:
 
     async def _ps(self, request: wire.Ps, _: list[int]) -> None:
         await self.host.call(self.keeper.link.refresh)
-        told = self.keeper.ps(request.after)
+        told = self.keeper.ps(request.after, self.lease.peer, request.run)
         self.connection.send(wire.Result(seq=request.seq, value=told))

@@ -12,14 +12,10 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from holdfast.errors import SystemFailure
 from holdfast.kernel import libc
 from holdfast.kernel.failure import failure
-
-PROC_SUPER_MAGIC: Final = 0x9FA0
-"""linux/magic.h"""
 
 _GONE = (FileNotFoundError, ProcessLookupError)
 
@@ -112,17 +108,14 @@ def open_own_memory() -> int:
 def is_memory_of(fd: int, pid: int) -> bool:
     """Whether a received descriptor really is /proc/PID/mem of that very process.
 
-    Checked three ways: procfs by its magic, the name, and the identity of the file. The open file
-    keeps its directory entry, so a path that leads to the same inode is the same process and the
-    same pid namespace; a procfs mounted elsewhere, a renamed file or a reused pid is not.
+    The very file that ``/proc/PID/mem`` is here, by device and inode: the open file keeps its
+    directory entry, so this is the same process and the same pid namespace; a procfs mounted
+    elsewhere, a look-alike or a reused pid is not. Asks nobody but the kernel: the descriptor may
+    lie on a file system whose daemon never answers.
     """
-    path = f"/proc/{pid}/mem"
     try:
-        return (
-            libc.filesystem_magic(fd) == PROC_SUPER_MAGIC
-            and os.readlink(f"/proc/self/fd/{fd}") == path
-            and os.path.samestat(os.fstat(fd), os.stat(path))
-        )
+        there = os.stat(f"/proc/{pid}/mem")
+        return libc.identity(fd) == (there.st_dev, there.st_ino)
     except OSError:
         return False
 
