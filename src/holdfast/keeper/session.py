@@ -443,4 +443,5 @@ class Session:
     async def _ps(self, request: wire.Ps, _: list[int]) -> None:
         await self.host.call(self.keeper.link.refresh)
         told = self.keeper.ps(request.after, self.lease.peer, request.run)
+        told["you"] = int(self.lease.number)
         self.connection.send(wire.Result(seq=request.seq, value=told))
