@@ -61,7 +61,7 @@ LOOK_LAST = 0.1
 """Seconds between two looks while leases are waited for: short at first."""
 EXPLAIN = 1.0
 """Seconds after which it is said what is waited for."""
-ABSENCE = 5.0
+ABSENCE = 2.0
 """Seconds in which the successor of a keeper must have come up."""
 
 
