@@ -99,6 +99,8 @@ def listen(
         with _locked(Path(name).parent):
             _remove_stale(name, kind)
             sock.bind(name)
+            if mode & ~0o700:
+                os.chmod(name, mode)  # bind(2) took away what the umask says
             sock.listen(backlog)
     except OSError as error:
         sock.close()
