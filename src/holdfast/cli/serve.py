@@ -11,9 +11,9 @@ import click
 
 from holdfast import backends
 from holdfast.cli.sizes import SIZE
-from holdfast.keeper.anchor_link import HEARTBEAT, SAFE_AFTER, Guard
 from holdfast.dma.ledger import Quota
 from holdfast.keeper.admission import AllowList
+from holdfast.keeper.anchor_link import HEARTBEAT, SAFE_AFTER, Guard
 from holdfast.keeper.main import Service, run
 from holdfast.keeper.quiesce import Deadlines
 from holdfast.keeper.server import Settings

@@ -12,6 +12,7 @@ from typing import Any
 from holdfast.dma.slab import SlabMemory
 from holdfast.driver import Grant
 from holdfast.keeper.journal import Entry, LeaseRecord, Mark, Stage
+from holdfast.keeper.process_memory import OwnMemory
 from holdfast.keeper.state import Fact, Machine, State
 from holdfast.kernel.pidfd import Peer
 from holdfast.values import Access, Iova, LeaseId, Policy
@@ -77,6 +78,8 @@ class Lease:
     pins: dict[int, HeldPin] = field(default_factory=dict)
     own_memory: int | None = None
     """The client's /proc/self/mem, once it sent it."""
+    relay: OwnMemory | None = None
+    """What relayed pins are reached through."""
     maps_registers: bool = False
     """It was given the engine's BAR to map: a window that can outlive it in a child or a passed
     descriptor."""

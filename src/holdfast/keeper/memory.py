@@ -32,6 +32,7 @@ from holdfast.keeper.held import Holder, put_handover
 from holdfast.keeper.journal import Entry, Journal, Memory, What
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.keeper.map_state import MapState
+from holdfast.keeper.process_memory import OwnMemory, ProcessMemory
 from holdfast.kernel import disposal, limits, procfs
 from holdfast.values import Iova, Perm
 
@@ -42,31 +43,6 @@ DESCRIPTORS_KEPT = 256
 """Descriptors that slabs do not take: new clients and the death protocol need some."""
 PIN_LIMIT = 1 << 40
 """Largest range of its own memory that a client may pin at once, in bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessMemory:
-    """``contracts.HostMemory`` over a client's own ``/proc/self/mem``.
-
-    The descriptor stays tied to the client's address space: once that is gone, reads and writes
-    move nothing, and the access fails instead of reaching anyone else (proc(5), fs/proc/base.c
-    ``mem_rw``). Writes there ignore page protection, so the *map's* permission is what keeps a
-    read-only array read-only; the backend checks it before it calls.
-    """
-
-    fd: int
-    address: int
-
-    def read(self, offset: int, count: int) -> bytes:
-        data = os.pread(self.fd, count, self.address + offset)
-        if len(data) != count:
-            raise OSError(errno.EFAULT, f"{len(data)} of {count} bytes: the memory is gone")
-        return data
-
-    def write(self, offset: int, data: memoryview) -> None:
-        written = os.pwrite(self.fd, data, self.address + offset)
-        if written != len(data):
-            raise OSError(errno.EFAULT, f"{written} of {len(data)} bytes: the memory is gone")
 
 
 @dataclass(slots=True)
@@ -195,7 +171,8 @@ class MemoryDesk:
                 target=str(self.host.target),
             )
         perm = Perm.RW if writable else Perm.READ
-        memory = ProcessMemory(lease.own_memory, address)
+        lease.relay = lease.relay or OwnMemory(lease.own_memory)
+        memory = ProcessMemory(lease.own_memory, address, lease.relay)
         async with lease.memory_lock:
             wanted = Entry(0, lease.number, Iova(0), nbytes, What.RELAYED, next(self.numbers),
                            address, writable, seq)  # fmt: skip
@@ -376,7 +353,7 @@ class MemoryDesk:
         if lease.own_memory is not None:
             self.holder.drop(f"lease/{lease.number}/memory")
             os.close(lease.own_memory)
-            lease.own_memory = None
+            lease.own_memory = lease.relay = None
         slabs = list(lease.all_slabs())
         lease.control = None
         lease.slabs.clear()

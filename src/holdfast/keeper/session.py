@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from holdfast import steps
 from holdfast.dma.sg import SgList
-from holdfast.driver import ControlMemory, Driver
+from holdfast.driver import Driver, Grant
 from holdfast.errors import (
     BadAccess,
     Busy,
@@ -29,6 +28,7 @@ from holdfast.errors import (
     UsageError,
     to_fields,
 )
+from holdfast.keeper import control
 from holdfast.keeper.connection import Connection
 from holdfast.keeper.describe import (
     Bells,
@@ -39,7 +39,6 @@ from holdfast.keeper.describe import (
 )
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.kernel import disposal
-from holdfast.kernel.mapping import Mapping
 from holdfast.uapi import pci_regs
 from holdfast.values import CONFIG_REGION, Access, IrqIndex
 from holdfast.wire import lease as wire
@@ -194,14 +193,21 @@ class Session:
         need = driver.control_bytes * max(1, len(lease.channels))
         if need and lease.control is None:
             await self.desk.take_slab(lease, need, control=True)
-        with ExitStack() as stack:
-            control = self._control_memory(stack)
-            lease.grant = await host.drive(
-                COMMAND_DEADLINE, lambda: driver.grant(lease.channels, control)
-            )
+        lease.grant = await host.drive(COMMAND_DEADLINE, self._granted)
         lease.granted = True
         self.keeper.journal.lease(lease.record())
         return await host.call(host.bells_for, lease.grant.bells)
+
+    def _granted(self) -> Grant:
+        slab, driver = self.lease.control, self.host.driver
+        if slab is None:
+            return driver.grant(self.lease.channels, None)
+        sizes = [size for _, size in slab.memory.extents]
+        sg = SgList.of(zip(slab.iovas, sizes, strict=True))
+        with control.writable(slab.memory, sg) as memory:
+            grant = driver.grant(self.lease.channels, memory)
+            memory.flush()
+        return grant
 
     def _require_idle(self) -> None:
         driver, channels = self.host.driver, self.lease.channels
@@ -209,15 +215,6 @@ class Session:
             return  # a function of which nothing is known: nothing to ask
         if not driver.stop(channels) and driver.in_flight(channels):
             raise Busy("the engine is not at rest", operation="open", target=str(self.host.target))
-
-    def _control_memory(self, stack: ExitStack) -> ControlMemory | None:
-        slab = self.lease.control
-        if slab is None:
-            return None
-        mapping = Mapping.extents(slab.memory.fd, slab.memory.extents)
-        stack.callback(mapping.close)
-        sizes = [size for _, size in slab.memory.extents]
-        return ControlMemory(mapping.array.data, SgList.of(zip(slab.iovas, sizes, strict=True)))
 
     def _send_opened(self, seq: int, bells: Bells) -> None:
         fds: list[int] = []

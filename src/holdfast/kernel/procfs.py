@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from holdfast.errors import SystemFailure
+from holdfast.errors import BadBuffer, SystemFailure
 from holdfast.kernel import libc
 from holdfast.kernel.failure import failure
 
@@ -103,6 +103,31 @@ def open_own_memory() -> int:
         return os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise failure(error, "open", "/proc/self/mem") from error
+
+
+def copy_to_own(address: int, data: bytes | bytearray | memoryview) -> None:
+    """Write into this process's own memory without a SIGBUS where pages cannot be had.
+
+    For mappings of files that others can truncate: the kernel does the access, and answers with an
+    error what would be a signal (fs/proc/base.c ``mem_rw``). Raises BadBuffer; some bytes may have
+    been written then.
+    """
+    fd = open_own_memory()
+    try:
+        written = os.pwrite(fd, data, address)
+        if written == len(data):
+            return
+        problem = f"{written} of {len(data)} bytes could be written"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    finally:
+        os.close(fd)
+    raise BadBuffer(
+        problem,
+        operation="write shared memory",
+        target=f"{len(data)} bytes at {address:#x}",
+        hint="whoever shares the file has taken its pages away",
+    )
 
 
 def is_memory_of(fd: int, pid: int) -> bool:
