@@ -22,7 +22,7 @@ import msgspec
 import pytest
 
 import holdfast
-from holdfast.errors import HoldfastError, NoPermission, QuotaExceeded, UsageError, to_fields
+from holdfast.errors import Busy, HoldfastError, NoPermission, QuotaExceeded, UsageError, to_fields
 from holdfast.keeper import embedded
 from holdfast.keeper.admission import AllowList, require_operator, visible
 from holdfast.keeper.gate import MOST_SILENT, SPARE, Gate
@@ -212,7 +212,7 @@ def test_a_user_sees_its_own_leases_and_only_the_outside_of_others(
             client.close()
             return [os.getpid(), mine.lease.number, leases]
 
-    with holdfast.open(stack.target, channels=1) as own:
+    with holdfast.open(stack.target, channels=0) as own:
         pid, number, leases = as_user(GUEST, look)
         by_number = {lease["lease"]: lease for lease in leases}
         assert by_number[number]["pid"] == pid
@@ -263,6 +263,32 @@ def test_quotas_hold_for_a_user_over_all_leases_and_not_for_the_next_user(
     ) == 0  # fmt: skip
     with holdfast.open(stack.target, channels=0) as own:
         own.alloc(3 << 20)
+
+
+@needs_root
+def test_who_posts_directly_has_the_function_for_one_user(
+    system: Path, serve: Callable[..., Stack]
+) -> None:
+    stack = serve("emu:xdma", "--allow-user", str(GUEST))
+
+    def direct() -> int:
+        with holdfast.open(stack.target, access="shared", channels=1) as card:
+            return card.lease.number
+
+    with holdfast.open(stack.target, channels=0) as own:
+        own.alloc(4096)
+        refused = as_user(GUEST, direct)
+        assert refused["kind"] == Busy.__name__
+        assert "post directly" in refused["what"]
+        assert "mediated" in refused["hint"]
+        assert isinstance(as_user(GUEST, guest_opens(stack.target)), int)
+    assert settle(
+        lambda: sum(lease["state"] != "released" for lease in stack.ps()["leases"]),
+        goal=0, timeout=LONG,
+    ) == 0  # fmt: skip
+    assert isinstance(as_user(GUEST, direct), int)
+    with holdfast.open(stack.target, access="shared", channels=1, timeout=LONG):
+        assert as_user(GUEST, guest_opens(stack.target))["kind"] == Busy.__name__
 
 
 @needs_root

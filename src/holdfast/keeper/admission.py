@@ -24,8 +24,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from holdfast.errors import NoPermission, QuotaExceeded, UsageError
+from holdfast.errors import Busy, NoPermission, QuotaExceeded, UsageError
+from holdfast.keeper.lease import Lease
 from holdfast.kernel.pidfd import Peer
+from holdfast.values import Access
 
 PUBLIC = frozenset(
     {"lease", "uid", "state", "policy", "access", "channels", "bytes", "hung_up", "process_dead"}
@@ -108,6 +110,28 @@ def require_few(peer: Peer, held: int, limit: int, target: str) -> None:
             target=target,
             hint="close one, wait for the dying ones (holdfast ps), or serve with --user-leases",
         )
+
+
+def require_one_user(lease: Lease, others: Iterable[Lease]) -> None:
+    """Raise Busy if users who distrust each other would share the function's reach.
+
+    Who posts directly decides which addresses the function uses, and everybody's memory is mapped
+    for it: nothing but the driver's good manners separates the leases of one function. So as long
+    as somebody posts directly, all leases are one user's. Mediated requests are checked.
+    """
+    for other in others:
+        if other.peer.uid == lease.peer.uid or not (_is_direct(lease) or _is_direct(other)):
+            continue
+        raise Busy(
+            f"user {other.peer.uid} has a lease, and one of the two would post directly",
+            operation="open",
+            target=f"access {lease.access}",
+            hint="open it with access='mediated', or wait until the other user is done",
+        )
+
+
+def _is_direct(lease: Lease) -> bool:
+    return lease.claimed and lease.access in (Access.EXCLUSIVE, Access.SHARED)
 
 
 def visible(told: Mapping[str, Any], viewer: Peer | None, token: str = "") -> dict[str, Any]:

@@ -363,6 +363,7 @@ class Keeper:
         if (most := self.settings.user_leases) is not None:
             held = sum(each.peer.uid == lease.peer.uid for each in self.leases.values())
             admission.require_few(lease.peer, held, most, str(self.host.target))
+        admission.require_one_user(lease, self.leases.values())
         self.greeted.pop(lease.number, None)
         self.journal.lease(lease.record())
         self.leases[lease.number] = lease
