@@ -138,10 +138,19 @@ def stubborn_files() -> Callable[[str], StubbornFiles]:
     return StubbornFiles
 
 
+@pytest.fixture(scope="module")
+def shared_stack() -> Iterator[Stack]:
+    """One keeper for all that is done to it by a module: it must stand it all."""
+    with Stack("emu:xdma?memory=4M&channels=4") as stack:
+        first = stack.keeper_pid
+        yield stack
+        assert stack.keeper_pid == first
+
+
 @pytest.fixture
-def innocent(serve: Callable[..., Stack]) -> Iterator[Innocent]:
-    """With a keeper of its own; at the end it must still be well, and alone."""
-    made = Innocent(serve("emu:xdma?memory=4M&channels=4"))
+def innocent(clean: None, shared_stack: Stack) -> Iterator[Innocent]:
+    """At the end it must still be well, and alone."""
+    made = Innocent(shared_stack)
     yield made
     made.goes_on()
     made.is_alone()
