@@ -67,10 +67,15 @@ class ControlMemory:
 
     ``data`` is a writable view of all of it, ``sg`` where the function sees it: without an IOMMU
     in pieces of whole pages. Zeroed when granted. Never available to ``alloc``.
+
+    In the keeper, what is written to ``data`` may become visible to the function only with
+    ``flush()``: call it before the function is told to fetch from there. The keeper calls it
+    after :meth:`Driver.grant` in any case, and keeps nothing of ``data`` beyond that.
     """
 
     data: memoryview
     sg: SgList
+    flush: Callable[[], None] = lambda: None
 
     def iovas(self, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Where the function sees these byte offsets. Vectorised."""

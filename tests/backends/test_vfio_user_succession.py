@@ -27,7 +27,7 @@ from holdfast.backends.vfio_user import VfioUserBackend
 from holdfast.emu.function import BarSpec, Function, Identity
 from holdfast.emu.server import Server
 from holdfast.errors import HoldfastError
-from holdfast.keeper.memory import ProcessMemory
+from holdfast.keeper.process_memory import ProcessMemory
 from holdfast.kernel import pidfd
 from holdfast.regs.spec import Bank, Register
 from holdfast.values import CONFIG_REGION, Handover, Iova, Perm

@@ -40,7 +40,7 @@ def _greet(path: str) -> LeaseClient:
 def _keepers() -> dict[str, dict[str, Any]]:
     """What every keeper of this user tells, by its socket."""
     found = {}
-    for path in sorted(embedded.runtime_dir().glob("*.sock")):
+    for path in embedded.sockets():
         try:
             found[str(path)] = ask(str(path))
         except (OSError, HoldfastError) as error:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from holdfast import backends
 from holdfast.cli.sizes import SIZE
+from holdfast.dma.ledger import Quota
+from holdfast.keeper.admission import AllowList
 from holdfast.keeper.anchor_link import HEARTBEAT, SAFE_AFTER, Guard
 from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.main import Service, run
@@ -20,6 +23,9 @@ from holdfast.values import Policy, Target
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+USER_QUOTA = 4 << 30
+USER_LEASES = 256
+"""Bytes and leases of one user where several come in, unless others are given."""
 LAB_VARIABLE = "HOLDFAST_LAB_GUEST"
 """Set in the lab's virtual machines, where a card may write wherever it likes."""
 
@@ -46,6 +52,60 @@ def _seconds(name: str, default: float, what: str) -> Callable[[F], F]:
 )
 @click.option("--arena", type=SIZE, default=0, help="serve all memory from one arena of this size")
 @click.option("--quota", type=SIZE, default="1G", show_default=True, help="bytes per lease")
+@click.option(
+    "--buffers",
+    type=click.IntRange(1),
+    default=65536,
+    show_default=True,
+    help="slabs and pins per lease",
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="mediated requests in flight per lease",
+)
+@click.option(
+    "--user-quota",
+    type=SIZE,
+    default=None,
+    help="bytes per user, over all leases (with an allow-list 4G unless given, else no limit)",
+)
+@click.option(
+    "--user-buffers",
+    type=click.IntRange(1),
+    default=None,
+    help="slabs and pins per user, over all leases",
+)
+@click.option(
+    "--user-leases",
+    type=click.IntRange(1),
+    default=None,
+    help="leases per user (with an allow-list 256 unless given, else no limit)",
+)
+@click.option(
+    "--allow-user",
+    "users",
+    multiple=True,
+    metavar="NAME",
+    help="let this user in, too; may be repeated",
+)
+@click.option(
+    "--allow-group",
+    "groups",
+    multiple=True,
+    metavar="NAME",
+    help="let the members of this group in, too; may be repeated",
+)
+@click.option(
+    "--socket",
+    "socket_path",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="where to listen (clients: HOLDFAST_SOCKET); else in this user's private "
+    "directory, or with an allow-list in /run/holdfast",
+)
 @click.option("--quarantine", type=SIZE, default="1G", show_default=True, help="admission bound")
 @click.option("--idle", type=float, default=None, help="end after this many idle seconds")
 @_seconds("--drain-deadline", _BOUNDS.drain, "for what a dead client posted to finish")
@@ -79,6 +139,14 @@ def command(
     policy: str,
     arena: int,
     quota: int,
+    buffers: int,
+    requests: int,
+    user_quota: int | None,
+    user_buffers: int | None,
+    user_leases: int | None,
+    users: tuple[str, ...],
+    groups: tuple[str, ...],
+    socket_path: Path | None,
     quarantine: int,
     idle: float | None,
     drain_deadline: float,
@@ -103,6 +171,15 @@ def command(
         click.echo("NEGATIVE CONTROL: memory is released without proof of quiet", err=True)
     if (caution := backends.caution(parsed)) is not None:
         click.echo(f"CAUTION: {caution}", err=True)
+    allow = AllowList.of(users, groups)
+    if allow:
+        if arena:
+            raise click.UsageError(
+                "--arena is one file that each client gets whole: not for users who distrust "
+                "each other"
+            )
+        user_quota = USER_QUOTA if user_quota is None else user_quota
+        user_leases = USER_LEASES if user_leases is None else user_leases
     deadlines = Deadlines(
         drain=drain_deadline,
         stop=stop_deadline,
@@ -118,6 +195,11 @@ def command(
             Settings(
                 policy=Policy(policy),
                 quota=quota,
+                buffers=buffers,
+                requests=requests,
+                per_user=Quota(user_quota, user_buffers),
+                user_leases=user_leases,
+                allow=allow,
                 quarantine_bound=quarantine,
                 idle=idle,
                 deadlines=deadlines,
@@ -126,8 +208,10 @@ def command(
             test_faults,
             ready_fd,
             metrics_port,
+            socket_path,
             lambda: click.echo(
-                f"keeping {parsed}: open it from any process of this user; Ctrl-C ends it"
+                f"keeping {parsed}: open it from any process of "
+                f"{'the users on the list' if allow else 'this user'}; Ctrl-C ends it"
             ),
             _again(),
             standby_fd,

@@ -137,6 +137,7 @@ class XdmaDriver(Driver):
             for direction in self.directions:
                 layout = Layout(place, direction)
                 prepare_ring(control, layout)
+                control.flush()
                 self._start(direction, channel, layout, control)
                 vectors.append(self.vector(direction, channel))
                 bells.append((self.bar_index, SG[direction].descriptor_credits.at(channel)))

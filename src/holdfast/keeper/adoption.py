@@ -55,7 +55,7 @@ def _adopt_memory(keeper: Keeper, contents: Contents, leases: dict[LeaseId, Leas
             memory = keeper.host.source.adopt(handover)
             slab = HeldSlab(entry.held, memory, entry.size, [entry.iova], entry, entry.seq)
             _give(leases[entry.lease], slab, entry.what)
-            desk.ledger.adopt(entry.lease, entry.size)
+            desk.ledger.adopt(entry.lease, entry.size, leases[entry.lease].peer.uid)
     for record in contents.memory.values():
         handover = find_handover(keeper.continuity.scope, f"slab/{record.number}")
         if handover is None:
@@ -64,7 +64,7 @@ def _adopt_memory(keeper: Keeper, contents: Contents, leases: dict[LeaseId, Leas
         iovas = desk.fixed_iovas(memory)
         slab = HeldSlab(record.number, memory, record.size, iovas, None, record.seq)
         _give(leases[record.lease], slab, record.what)
-        desk.ledger.adopt(record.lease, record.size)
+        desk.ledger.adopt(record.lease, record.size, leases[record.lease].peer.uid)
 
 
 def _give(lease: Lease, slab: HeldSlab, what: What) -> None:
@@ -81,7 +81,7 @@ def _adopt_pins(keeper: Keeper, contents: Contents, leases: dict[LeaseId, Lease]
             in_place = entry.what is What.IN_PLACE
             pin = HeldPin(entry.held, entry.iova, entry.size, entry, in_place)
             leases[entry.lease].pins[pin.number] = pin
-            keeper.desk.ledger.adopt(entry.lease, entry.size)
+            keeper.desk.ledger.adopt(entry.lease, entry.size, leases[entry.lease].peer.uid)
     for number, lease in leases.items():
         held = scope.find(f"lease/{number}/memory")
         if held is not None:

@@ -31,6 +31,7 @@ from holdfast.errors import (
     UsageError,
     from_fields,
 )
+from holdfast.keeper import embedded
 from holdfast.kernel import dma_pin, events, packets, pidfd, procfs
 from holdfast.kernel.mapping import PAGE, Mapping
 from holdfast.values import Access, Target
@@ -75,6 +76,7 @@ class LeaseClient:
                 version=wire.VERSION,
                 client=f"pid {os.getpid()}",
                 lifeline=procfs.socket_inode(self._sock),
+                run=os.environ.get(embedded.RUN_VARIABLE, "")[:64],
             )
             reply, _ = self.request(hello, [own])
         finally:
@@ -326,19 +328,19 @@ class LeaseClient:
         self.grant = again.grant
         return take_bells(again.bells, fds)
 
-    def ps(self, after: int = 0) -> dict[str, Any]:
+    def ps(self, after: int = 0, run: str = "") -> dict[str, Any]:
         """One page of the keeper's leases, see ``wire.lease.Ps``."""
-        reply, _ = self.request(wire.Ps(after=after))
+        reply, _ = self.request(wire.Ps(after=after, run=run))
         value = expect(reply, wire.Result).value
         if not isinstance(value, dict):
             raise ProtocolError("ps did not answer with a dict", operation="ps")
         return value
 
-    def ps_all(self) -> dict[str, Any]:
-        """All leases, living and ended, in one answer."""
-        told = self.ps()
+    def ps_all(self, after: int = 0, run: str = "") -> dict[str, Any]:
+        """All leases above ``after``, living and ended, in one answer."""
+        told = self.ps(after, run)
         while told["more"]:
-            page = self.ps(told["leases"][-1]["lease"])
+            page = self.ps(told["leases"][-1]["lease"], run)
             told["leases"] += page["leases"]
             told["more"] = page["more"]
         return told

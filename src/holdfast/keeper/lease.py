@@ -12,6 +12,7 @@ from typing import Any
 from holdfast.dma.slab import SlabMemory
 from holdfast.driver import Grant
 from holdfast.keeper.journal import Entry, LeaseRecord, Mark, Stage
+from holdfast.keeper.process_memory import OwnMemory
 from holdfast.keeper.quarantine import Quarantined
 from holdfast.keeper.state import Fact, Machine, State
 from holdfast.kernel.pidfd import Peer
@@ -83,6 +84,8 @@ class Lease:
     pins: dict[int, HeldPin] = field(default_factory=dict)
     own_memory: int | None = None
     """The client's /proc/self/mem, once it sent it."""
+    relay: OwnMemory | None = None
+    """What relayed pins are reached through."""
     maps_registers: bool = False
     """It was given the engine's BAR to map: a window that can outlive it in a child or a passed
     descriptor."""
@@ -114,6 +117,8 @@ class Lease:
     """Told of each step, besides the log."""
     lifeline: int = 0
     """Inode of the client's end of the lease's socket, as the client says."""
+    run: str = ""
+    """Token of the ``holdfast run`` that its process is a part of, as the client says."""
     hung_up: bool = False
     process_dead: bool = False
 
@@ -227,6 +232,7 @@ class Lease:
             "bytes": self.nbytes,
             "pins": len(self.pins),
             "lifeline": self.lifeline,
+            "run": self.run,
             "withheld": [str(fact) for fact in self.machine.withheld()] if not self.alive else [],
             "quarantine": held.describe(self.nbytes) if held is not None else None,
             "in_flight_at_death": self.in_flight_at_death,

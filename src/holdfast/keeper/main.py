@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import signal
 import socket
 import sys
@@ -25,7 +24,7 @@ from holdfast.keeper.held import Scope
 from holdfast.keeper.server import Keeper, Settings
 from holdfast.keeper.succession import inherit
 from holdfast.keeper.unit import Unit
-from holdfast.kernel import packets
+from holdfast.kernel import limits, packets
 from holdfast.values import Target
 
 BEAT = 0.5
@@ -43,6 +42,9 @@ class Service:
     """Fault plan for the emulated function; a test option."""
     ready_fd: int | None = None
     metrics_port: int | None = None
+    socket: Path | None = None
+    """Where to listen; None: in the user's private directory, or with an allow-list in the
+    system's."""
     on_ready: Callable[[], None] = lambda: None
     """Called once clients can come."""
     command: tuple[str, ...] = ()
@@ -63,7 +65,7 @@ def run(service: Service) -> None:
     listener = None
     if service.standby_fd is None:
         try:
-            listener = packets.listen(str(embedded.socket_path(service.target)), 128)
+            listener = _listen(service, service.target)
         except HoldfastError as error:
             _report(service.ready_fd, error)
             raise
@@ -71,7 +73,7 @@ def run(service: Service) -> None:
     anchor = None if service.standby_fd is None else socket.socket(fileno=service.standby_fd)
     unneeded = [service.ready_fd] if service.ready_fd is not None else []
     orders = standby.split(anchor, unneeded + ([listener.fileno()] if listener else []))
-    _raise_limits()
+    limits.raise_descriptors()
     if orders.link is not None:
         link = AnchorLink.inherit(orders.link, service.guard)
         try:
@@ -105,6 +107,19 @@ def _begin(service: Service, orders: standby.Orders, listener: socket.socket) ->
         link.end()
 
 
+def _listen(service: Service, target: Target) -> socket.socket:
+    allow = service.settings.allow
+    # Anybody may connect to a keeper with a list; who is not on it is told so at the greeting.
+    mode = 0o666 if allow else 0o600
+    if service.socket is not None and target == service.target:
+        path = service.socket
+    elif allow:
+        path = embedded.make_system_dir() / embedded.socket_name(target)
+    else:
+        path = embedded.socket_path(target)
+    return packets.listen(str(path), 128, mode=mode)
+
+
 def _abandon(listener: socket.socket) -> None:
     """Close a listener that never served; else the name is gone, or a successor's."""
     if listener.fileno() >= 0:
@@ -116,12 +131,6 @@ def _report(fd: int | None, error: HoldfastError | None) -> None:
     if fd is not None:
         with suppress(OSError):  # the one who started us is gone, or was told already
             embedded.report_ready(fd, error)
-
-
-def _raise_limits() -> None:
-    """Each client costs a few descriptors: have as many as this user may."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Household:
@@ -215,7 +224,7 @@ class _Household:
         held = self._scope(index).find("listener")
         if held is not None:
             return socket.socket(fileno=held[0][0])
-        listener = packets.listen(str(embedded.socket_path(self.targets[index])), 128)
+        listener = _listen(self.service, self.targets[index])
         self._scope(index).put("listener", [listener.fileno()])
         return listener
 

@@ -34,39 +34,17 @@ from holdfast.keeper.held import Holder, put_handover
 from holdfast.keeper.journal import Entry, Journal, Memory, What
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.keeper.map_state import MapState
-from holdfast.kernel import procfs
+from holdfast.keeper.process_memory import OwnMemory, ProcessMemory
+from holdfast.kernel import disposal, limits, procfs
 from holdfast.values import Iova, LeaseId, Perm
 
 PAGE = 4096
 MAP_DEADLINE = 120.0
 """Seconds that a map may take: the kernel clears and pins every page of it."""
+DESCRIPTORS_KEPT = 256
+"""Descriptors that slabs do not take: new clients and the death protocol need some."""
 PIN_LIMIT = 1 << 40
 """Largest range of its own memory that a client may pin at once, in bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessMemory:
-    """``contracts.HostMemory`` over a client's own ``/proc/self/mem``.
-
-    The descriptor stays tied to the client's address space: once that is gone, reads and writes
-    move nothing, and the access fails instead of reaching anyone else (proc(5), fs/proc/base.c
-    ``mem_rw``). Writes there ignore page protection, so the *map's* permission is what keeps a
-    read-only array read-only; the backend checks it before it calls.
-    """
-
-    fd: int
-    address: int
-
-    def read(self, offset: int, count: int) -> bytes:
-        data = os.pread(self.fd, count, self.address + offset)
-        if len(data) != count:
-            raise OSError(errno.EFAULT, f"{len(data)} of {count} bytes: the memory is gone")
-        return data
-
-    def write(self, offset: int, data: memoryview) -> None:
-        written = os.pwrite(self.fd, data, self.address + offset)
-        if written != len(data):
-            raise OSError(errno.EFAULT, f"{written} of {len(data)} bytes: the memory is gone")
 
 
 @dataclass(slots=True)
@@ -106,11 +84,14 @@ class MemoryDesk:
         """
         if nbytes <= 0:
             raise BadBuffer(f"{nbytes} bytes", operation="alloc", target=str(self.host.target))
+        limits.require_descriptors(
+            DESCRIPTORS_KEPT, operation="alloc", target=str(self.host.target)
+        )
         granule = self.host.source.granule
         size = -(-nbytes // granule) * granule
         async with lease.memory_lock:
             self._still_alive(lease, "alloc")
-            self.ledger.charge(lease.number, size)
+            self.ledger.charge(lease.number, size, lease.peer.uid)
             try:
                 what = What.CONTROL if control else What.SLAB
                 slab = await self._map_slab(lease, size, what, seq)
@@ -206,7 +187,8 @@ class MemoryDesk:
                 target=str(self.host.target),
             )
         perm = Perm.RW if writable else Perm.READ
-        memory = ProcessMemory(lease.own_memory, address)
+        lease.relay = lease.relay or OwnMemory(lease.own_memory)
+        memory = ProcessMemory(lease.own_memory, address, lease.relay)
         async with lease.memory_lock:
             wanted = Entry(0, lease.number, Iova(0), nbytes, What.RELAYED, next(self.numbers),
                            address, writable, seq)  # fmt: skip
@@ -262,7 +244,7 @@ class MemoryDesk:
         self._still_alive(lease, "pin")
         # Keep the offset within the page, so that alignment means the same on both sides.
         first = wanted.address % PAGE
-        self.ledger.charge(lease.number, wanted.size)
+        self.ledger.charge(lease.number, wanted.size, lease.peer.uid)
         try:
             iova = self.host.space.take(-(-(first + wanted.size) // PAGE) * PAGE)
         except BaseException:
@@ -305,7 +287,7 @@ class MemoryDesk:
     async def accept_own_memory(self, lease: Lease, fd: int) -> None:
         """Take ownership of the client's /proc/self/mem after checking that it really is."""
         if lease.own_memory is not None or not procfs.is_memory_of(fd, lease.peer.pid):
-            os.close(fd)
+            disposal.discard([fd])
             if lease.own_memory is None:
                 raise BadBuffer(
                     "the descriptor is not this client's /proc/self/mem", operation="pin"
@@ -321,7 +303,7 @@ class MemoryDesk:
             iovas = self.fixed_iovas(memory) if fixed else []
             slab = HeldSlab(next(self.numbers), memory, memory.size, iovas)
             self.journal.hold(Memory(slab.number, lease.number, slab.size, What.SLAB))
-            self.ledger.adopt(lease.number, slab.size)
+            self.ledger.adopt(lease.number, slab.size, lease.peer.uid)
             lease.slabs[slab.number] = slab
 
     async def settle(self, lease: Lease) -> None:
@@ -404,7 +386,7 @@ class MemoryDesk:
         if lease.own_memory is not None:
             self.holder.drop(f"lease/{lease.number}/memory")
             os.close(lease.own_memory)
-            lease.own_memory = None
+            lease.own_memory = lease.relay = None
         await self._recycle(lease, list(lease.all_slabs()))
         lease.control = None  # not before: until they are gone they are this lease's
         lease.slabs.clear()

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast import steps
-from holdfast.dma.ledger import Ledger
+from holdfast.dma.ledger import Ledger, Quota
 from holdfast.errors import (
     DeviceGone,
     HoldfastError,
@@ -34,6 +34,8 @@ from holdfast.errors import (
     VersionMismatch,
     to_fields,
 )
+from holdfast.keeper import admission
+from holdfast.keeper.admission import AllowList
 from holdfast.keeper.adoption import adopt_leases
 from holdfast.keeper.aftermath import give_channels_back
 from holdfast.keeper.anchor_link import AnchorLink
@@ -41,15 +43,17 @@ from holdfast.keeper.connection import Connection
 from holdfast.keeper.continuity import Inherited
 from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.event_log import EventLog
+from holdfast.keeper.gate import GREETING, Gate
 from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
+from holdfast.keeper.listing import page
 from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.proving import Proving
 from holdfast.keeper.quiesce import Quiesce
 from holdfast.keeper.session import Session
 from holdfast.keeper.state import Machine, State
 from holdfast.keeper.unit import Unit
-from holdfast.kernel import pidfd, procfs
+from holdfast.kernel import disposal, pidfd, procfs
 from holdfast.values import Access, Iova, LeaseId, Policy
 from holdfast.wire import lease as wire
 
@@ -68,6 +72,14 @@ class Settings:
     policy: Policy = Policy.DRAIN
     quota: int = 1 << 30
     buffers: int = 65536
+    requests: int = 1024
+    """Most mediated requests that one lease may have in flight."""
+    per_user: Quota = field(default_factory=Quota)
+    """Bytes and pieces of memory of one user, over all leases."""
+    user_leases: int | None = None
+    """Most leases of one user, dying ones included; None: no limit."""
+    allow: AllowList = field(default_factory=AllowList)
+    """Who may come in besides the keeper's own user and root."""
     quarantine_bound: int = 1 << 30
     idle: float | None = None
     """End after this long without a client; None: stay."""
@@ -89,13 +101,16 @@ class Keeper:
         self.unit.keepers.append(self)
         self.link = link
         self.log = log
-        ledger = Ledger(settings.quota, settings.buffers)
+        ledger = Ledger(settings.quota, settings.buffers, settings.per_user)
         # Numbers that no slab and no pin of a keeper before this one can have had.
         numbers = itertools.count(1 + (continuity.counters.successions << 32))
         self.desk = MemoryDesk(self.host, continuity.scope, self.journal, ledger, numbers)
         self.leases: dict[LeaseId, Lease] = {}
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.sessions: dict[LeaseId, Session] = {}
+        self.greeted: dict[LeaseId, Lease] = {}
+        """Clients that said Hello and have not opened a lease."""
+        self._gate = Gate(settings.user_leases)
         self._connections: set[asyncio.Task[None]] = set()
         self._deaths: dict[LeaseId, asyncio.Task[None]] = {}
         self._stop = asyncio.Event()
@@ -236,24 +251,37 @@ class Keeper:
             except OSError:  # out of descriptors: try again rather than die
                 await asyncio.sleep(0.05)
                 continue
-            task = asyncio.create_task(self._attend(sock))
+            user = self._gate.enter(sock)
+            if user is None:
+                await asyncio.sleep(0)  # there may be a long queue of them
+                continue
+            task = asyncio.create_task(self._attend(sock, user))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
 
-    async def _attend(self, sock: socket.socket) -> None:
+    async def _attend(self, sock: socket.socket, user: int) -> None:
         connection = Connection(sock)
+        # Not a timeout around the coroutine: nothing it has received may be lost.
+        silence = self._loop.call_later(GREETING, connection.close)
         lease: Lease | None = None
         try:
-            greeted = await self._greet(connection)
+            try:
+                greeted = await self._greet(connection)
+            finally:
+                silence.cancel()
+                self._gate.greeted(user)
             if greeted is None:
                 return
             peer, hello = greeted
             lease = self.new_lease(peer, hello.lifeline)
+            lease.run = hello.run
+            self.greeted[lease.number] = lease
             session = Session(self, lease, connection)
             await session.serve()
         except ProtocolError as error:
             connection.send(wire.Failed(error=to_fields(error)))
         finally:
+            self._gate.leave(user)
             self._hung_up(lease, connection)
 
     async def _greet(self, connection: Connection) -> tuple[pidfd.Peer, wire.Hello] | None:
@@ -268,14 +296,13 @@ class Keeper:
             connection.send(wire.Failed(error=to_fields(error)))
             return None
         finally:
-            for fd in fds:
-                os.close(fd)
+            disposal.discard(fds)
         try:
             hello = wire.decode_request(packet)
         except ProtocolError:
             os.close(peer.pidfd)
             raise
-        problem = self._refusal(hello)
+        problem = self._refusal(hello, peer)
         if problem is not None or not isinstance(hello, wire.Hello):
             problem = problem or ProtocolError("say Hello first", operation="greet")
             connection.send(wire.Failed(seq=hello.seq, error=to_fields(problem)))
@@ -293,8 +320,12 @@ class Keeper:
         )
         return peer, hello
 
-    def _refusal(self, hello: wire.Request) -> HoldfastError | None:
+    def _refusal(self, hello: wire.Request, peer: pidfd.Peer) -> HoldfastError | None:
         target = str(self.host.target)
+        try:
+            self.settings.allow.require(peer, target)
+        except HoldfastError as error:
+            return error
         if isinstance(hello, wire.Hello) and hello.version != wire.VERSION:
             return VersionMismatch(
                 f"the client speaks version {hello.version}, the keeper {wire.VERSION}",
@@ -334,6 +365,11 @@ class Keeper:
     def admit(self, lease: Lease, session: Session) -> None:
         """A lease begins: from now on its death is watched, and it outlives this process."""
         self.require_room()
+        if (most := self.settings.user_leases) is not None:
+            held = sum(each.peer.uid == lease.peer.uid for each in self.leases.values())
+            admission.require_few(lease.peer, held, most, str(self.host.target))
+        admission.require_one_user(lease, self.leases.values())
+        self.greeted.pop(lease.number, None)
         lease.command = procfs.command_of(lease.peer.pid)
         self.journal.lease(lease.record())
         self.leases[lease.number] = lease
@@ -386,6 +422,7 @@ class Keeper:
         connection.close()
         if lease is None:
             return
+        self.greeted.pop(lease.number, None)
         session = self.sessions.pop(lease.number, None)
         if session is None:  # never admitted, so nobody else closes it
             self.continuity.scope.drop(f"lease/{lease.number}/pidfd")
@@ -486,12 +523,12 @@ class Keeper:
             and lease.machine.state in (State.ALIVE, State.FROZEN, State.DRAINING)
         ]
 
-    def ps(self, after: int) -> dict[str, Any]:
-        """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time."""
-        ended = [told for told in self.history if told["lease"] > after]
-        living = [lease.describe() for lease in self.leases.values() if lease.number > after]
-        every = sorted(ended + living, key=lambda told: int(told["lease"]))
-        page = wire.page_of(every)
+    def ps(self, after: int, viewer: pidfd.Peer | None = None, run: str = "") -> dict[str, Any]:
+        """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time.
+
+        As ``viewer`` may see them; None is the keeper itself. With ``run`` only those of one run.
+        """
+        every, more = page(self.history, self.leases.values(), after, viewer, run)
         return {
             "target": str(self.host.target),
             "keeper": os.getpid(),
@@ -502,8 +539,9 @@ class Keeper:
             "function": self.host.child.pid if self.host.child is not None else None,
             "driver": self.host.facts.name,
             "policy": str(self.settings.policy),
-            "leases": page,
-            "more": len(every) > len(page),
+            "leases": every,
+            "more": more,
+            "opening": sum(bool(run) and lease.run == run for lease in self.greeted.values()),
             "free_channels": sorted(self.host.free_channels),
             "quarantined_bytes": self.quarantined(),
             "unaccounted_bytes": self.unaccounted(),

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from holdfast import steps
 from holdfast.dma.sg import SgList
-from holdfast.driver import ControlMemory
+from holdfast.driver import Grant
 from holdfast.errors import (
     BadAccess,
     Busy,
@@ -30,7 +28,7 @@ from holdfast.errors import (
     UsageError,
     to_fields,
 )
-from holdfast.keeper import asking
+from holdfast.keeper import asking, control
 from holdfast.keeper.connection import Connection
 from holdfast.keeper.describe import (
     Bells,
@@ -40,7 +38,7 @@ from holdfast.keeper.describe import (
     describe_slab,
 )
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
-from holdfast.kernel.mapping import Mapping
+from holdfast.kernel import disposal
 from holdfast.uapi import pci_regs
 from holdfast.values import CONFIG_REGION, Access, IrqIndex
 from holdfast.wire import lease as wire
@@ -105,8 +103,7 @@ class Session:
                         continue
                     await self._answer(wire.decode_request(packet), fds)
             finally:
-                for fd in fds:
-                    os.close(fd)
+                disposal.discard(fds)
 
     async def _answer(self, request: wire.Request, fds: list[int]) -> None:
         handler = self._handlers.get(type(request))
@@ -200,7 +197,7 @@ class Session:
 
     async def _grant(self) -> Bells:
         """Make the lease's channels ready: idle, with rings of their own and fresh doorbells."""
-        lease, host, driver = self.lease, self.host, self.host.driver
+        lease, host = self.lease, self.host
         if not lease.claimed:
             return []
         host.require_driver("start channels")
@@ -208,29 +205,27 @@ class Session:
         need = host.facts.control_bytes * max(1, len(lease.channels))
         if need and lease.control is None:
             await self.desk.take_slab(lease, need, control=True)
-        with ExitStack() as stack:
-            control = self._control_memory(stack)
-            lease.grant = await host.drive(
-                COMMAND_DEADLINE, lambda: driver.grant(lease.channels, control)
-            )
+        lease.grant = await host.drive(COMMAND_DEADLINE, self._granted)
         lease.granted = True
         self.keeper.journal.lease(lease.record())
         return await host.call(host.bells_for, lease.grant.bells)
+
+    def _granted(self) -> Grant:
+        slab, driver = self.lease.control, self.host.driver
+        if slab is None:
+            return driver.grant(self.lease.channels, None)
+        sizes = [size for _, size in slab.memory.extents]
+        sg = SgList.of(zip(slab.iovas, sizes, strict=True))
+        with control.writable(slab.memory, sg) as memory:
+            grant = driver.grant(self.lease.channels, memory)
+            memory.flush()
+        return grant
 
     def _require_idle(self) -> None:
         if not self.host.facts.tells:
             return  # a function of which nothing is known: nothing to ask
         if not self.host.rests(self.lease.channels):
             raise Busy("the engine is not at rest", operation="open", target=str(self.host.target))
-
-    def _control_memory(self, stack: ExitStack) -> ControlMemory | None:
-        slab = self.lease.control
-        if slab is None:
-            return None
-        mapping = Mapping.extents(slab.memory.fd, slab.memory.extents)
-        stack.callback(mapping.close)
-        sizes = [size for _, size in slab.memory.extents]
-        return ControlMemory(mapping.array.data, SgList.of(zip(slab.iovas, sizes, strict=True)))
 
     def _send_opened(self, seq: int, bells: Bells) -> None:
         fds: list[int] = []
@@ -465,7 +460,8 @@ class Session:
 
     async def _ps(self, request: wire.Ps, _: list[int]) -> None:
         await self.host.call(self.keeper.link.refresh)
-        told = self.keeper.ps(request.after)
+        told = self.keeper.ps(request.after, self.lease.peer, request.run)
+        told["you"] = int(self.lease.number)
         self.connection.send(wire.Result(seq=request.seq, value=told))
 
     async def _retry(self, request: wire.Retry, _: list[int]) -> None:

@@ -44,9 +44,10 @@ from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.held import FunctionProcess, Scope, find_handover
 from holdfast.keeper.journal import Contents, Corrupt, HostRecord, Journal, What
 from holdfast.keeper.map_state import REACHABLE, MapState
-from holdfast.keeper.memory import ProcessMemory, page_span
+from holdfast.keeper.memory import page_span
+from holdfast.keeper.process_memory import OwnMemory, ProcessMemory
 from holdfast.keeper.standby import Orders
-from holdfast.values import Access, Iova, IrqIndex, Perm, Target
+from holdfast.values import Access, Iova, IrqIndex, LeaseId, Perm, Target
 
 RESUME_DEADLINE = 5.0
 """Seconds that a driver may take to find out where it is; then there is no driver."""
@@ -126,11 +127,14 @@ def _resume(
 def _memories(scope: Scope, contents: Contents) -> list[MemoryWindow]:
     """What the function reaches by message: the own memory of living clients."""
     windows: list[MemoryWindow] = []
+    owns: dict[LeaseId, OwnMemory] = {}
     for entry in contents.entries.values():
         held = scope.find(f"lease/{entry.lease}/memory")
         if entry.what is What.RELAYED and entry.state in REACHABLE and held is not None:
             perm = Perm.RW if entry.writable else Perm.READ
-            memory = ProcessMemory(held[0][0], entry.address)
+            if entry.lease not in owns:
+                owns[entry.lease] = OwnMemory(held[0][0])
+            memory = ProcessMemory(held[0][0], entry.address, owns[entry.lease])
             windows.append((entry.iova, entry.size, perm, memory))
     return windows
 

@@ -26,10 +26,16 @@ from pathlib import Path
 from typing import Final
 
 from holdfast.errors import NoPermission, ProtocolError
+from holdfast.kernel import disposal, libc
 from holdfast.kernel.failure import failure
 
 SO_PEERPIDFD: Final = 77
 """asm-generic/socket.h"""
+
+SO_PEERGROUPS: Final = 59
+"""asm-generic/socket.h"""
+_MOST_GROUPS: Final = 65536
+"""NGROUPS_MAX (linux/limits.h)"""
 
 _UCRED: Final = struct.Struct("=iII")
 """``struct ucred``: pid, uid, gid (unix(7))."""
@@ -40,13 +46,15 @@ assert _UCRED.size == 12
 class Peer:
     """A process at the other end of a socket. The holder owns ``pidfd``.
 
-    ``uid`` and ``gid`` are the effective ones at the time of connect(2).
+    ``uid`` and ``gid`` are the effective ones at the time of connect(2), ``groups`` the
+    supplementary ones.
     """
 
     pidfd: int
     pid: int
     uid: int
     gid: int
+    groups: tuple[int, ...] = ()
 
 
 def open_self() -> int:
@@ -82,6 +90,23 @@ def peer_pidfd(sock: socket.socket) -> int | None:
         raise
     os.set_inheritable(fd, False)
     return fd
+
+
+def peer_user(sock: socket.socket) -> int:
+    """Effective user id of the process that connected ``sock``, at that time (``SO_PEERCRED``)."""
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    except OSError as error:
+        raise failure(error, "identify peer") from error
+    _, uid, _ = _UCRED.unpack(raw)
+    return int(uid)
+
+
+def peer_groups(sock: socket.socket) -> tuple[int, ...]:
+    """Supplementary groups of the process that connected ``sock`` (``SO_PEERGROUPS``)."""
+    # Not by Python's getsockopt, which stops at 1024 bytes: a user can be in 65536 groups.
+    raw = libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, 4 * _MOST_GROUPS)
+    return struct.unpack(f"={len(raw) // 4}I", raw)
 
 
 def pid_of(pidfd: int) -> int:
@@ -138,10 +163,11 @@ def identify(sock: socket.socket, offered: int | None) -> Peer:
     """
     with ExitStack() as stack:
         if offered is not None:
-            stack.callback(os.close, offered)
+            stack.callback(disposal.discard, [offered])
         try:
             raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             pid, uid, gid = _UCRED.unpack(raw)
+            groups = peer_groups(sock)
             own = peer_pidfd(sock)
         except OSError as error:
             if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENODATA):
@@ -154,7 +180,7 @@ def identify(sock: socket.socket, offered: int | None) -> Peer:
             chosen = own
         else:
             chosen = _confirm(offered, pid)
-        return Peer(_keep(chosen), pid, uid, gid)
+        return Peer(_keep(chosen), pid, uid, gid, groups)
 
 
 def _confirm(offered: int | None, pid: int) -> int:
