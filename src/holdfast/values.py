@@ -52,6 +52,7 @@ class Access(enum.StrEnum):
 
     EXCLUSIVE = "exclusive"
     SHARED = "shared"
+    MEDIATED = "mediated"
 
 
 class Policy(enum.StrEnum):
