@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.dma.slab import SlabMemory
 from holdfast.driver import Grant
@@ -15,6 +15,9 @@ from holdfast.keeper.journal import Entry
 from holdfast.keeper.state import Fact, Machine, State
 from holdfast.kernel.pidfd import Peer
 from holdfast.values import Access, Iova, LeaseId
+
+if TYPE_CHECKING:
+    from holdfast.keeper.mediated_lease import MediatedLease
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class Lease:
     """Held while a request is answered: the death protocol begins behind it, never beside it."""
     memory_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while memory is taken or let go, so that a death never races with a map."""
+    mediated: MediatedLease | None = None
+    """Its rings, if the keeper posts for it."""
     lifeline: int = 0
     """Inode of the client's end of the lease's socket, as the client says."""
     hung_up: bool = False

@@ -98,6 +98,9 @@ class Quiesce:
         """Nothing more is posted for this lease; look what it had in flight."""
         try:
             await self.desk.unpin_relayed(self.lease)
+            if self.lease.mediated is not None:
+                await self.lease.mediated.freeze()
+                self.lease.machine.observe(Fact.CANNOT_POST)  # its ring is read no more
             self.lease.in_flight_at_death = await self._in_flight()
         except HoldfastError as error:
             return FIRST_MEASURE[self.lease.machine.policy], f"in flight unknown: {error.what}"
@@ -109,11 +112,13 @@ class Quiesce:
     async def _draining(self) -> tuple[Event, str]:
         """Let it finish what was posted."""
         driver, channels = self.host.driver, self.lease.channels
+        mediated = self.lease.mediated is not None
         try:
             async with asyncio.timeout(self.deadlines.drain):
-                await self._drive(lambda: driver.drain(channels))
+                if not mediated:
+                    await self._drive(lambda: driver.drain(channels))
                 await self._wait_idle()
-                failed = await self._drive(lambda: driver.failed(channels))
+                failed = not mediated and await self._drive(lambda: driver.failed(channels))
         except TimeoutError:
             return Event.DEADLINE, "did not finish in time"
         except DeviceGone as error:
@@ -237,6 +242,8 @@ class Quiesce:
 
     async def _stop(self) -> bool:
         driver, channels = self.host.driver, self.lease.channels
+        if self.lease.mediated is not None:
+            return await self.lease.mediated.stop()
         if not self.lease.claimed:
             self.lease.machine.observe(Fact.CANNOT_POST)  # it was given no channel and no register
             return True
@@ -274,6 +281,9 @@ class Quiesce:
                 probe = self.was_reset
                 await host.drive(self.deadlines.reset, lambda: host.reconnect(probe=probe))
                 host.usable.set()
+                if lease.mediated is not None:
+                    # The others' requests were cut off as well.
+                    await lease.mediated.mediation.restart()
             await host.call(host.renew_vectors, lease.grant.vectors)
         except HoldfastError as error:
             lease.note(f"the function is not usable again: {error.what}")
@@ -319,6 +329,8 @@ class Quiesce:
 
     async def _in_flight(self) -> int:
         driver, channels = self.host.driver, self.lease.channels
+        if self.lease.mediated is not None:
+            return await self.lease.mediated.in_flight()
         if not self.lease.claimed:
             return 0  # a lease of memory only cannot post
         return await self._drive(lambda: driver.in_flight(channels))

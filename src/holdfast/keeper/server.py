@@ -34,6 +34,7 @@ from holdfast.keeper.connection import Connection
 from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.journal import MemoryJournal
 from holdfast.keeper.lease import Lease
+from holdfast.keeper.mediation import Mediation
 from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.quiesce import Deadlines, Quiesce
 from holdfast.keeper.session import Session
@@ -42,6 +43,7 @@ from holdfast.keeper.unit import Unit
 from holdfast.kernel import pidfd
 from holdfast.values import Access, LeaseId, Policy
 from holdfast.wire import lease as wire
+from holdfast.wire import rings
 
 HISTORY = 4096
 """How many ended leases ``ps`` can still tell about."""
@@ -60,6 +62,10 @@ class Settings:
     idle: float | None = None
     """End after this long without a client; None: stay."""
     deadlines: Deadlines = field(default_factory=Deadlines)
+    requests: int = rings.DEPTH
+    """Most requests that a mediated lease has in flight."""
+    card_windows: int = 1
+    """Into how many parts the card's memory is cut, one for each mediated lease; 1: not at all."""
 
 
 class Keeper:
@@ -84,6 +90,7 @@ class Keeper:
         self._request_fd: int | None = None
         self._leaving = False
         self._one_less = asyncio.Event()
+        self.mediation = Mediation(self, self._numbers, self._end)
         self.watch()
         self._take_in_leftovers()
 
@@ -188,6 +195,7 @@ class Keeper:
         if self._deaths:
             # What is not quiet by then keeps its memory until the function itself is let go.
             await asyncio.wait(self._deaths.values(), timeout=bound)
+        self.mediation.close()
         for task in [*self._deaths.values(), *self.host.tasks]:
             task.cancel()
         self.unwatch()
@@ -349,6 +357,7 @@ class Keeper:
             return
         self.history.append(lease.describe())
         self._deaths.pop(lease.number, None)
+        self.mediation.leave(lease)
         self.leases.pop(lease.number, None)
         self._one_less.set()
         self._loop.remove_reader(lease.peer.pidfd)

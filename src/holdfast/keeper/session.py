@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.dma.sg import SgList
-from holdfast.driver import ControlMemory, Driver
+from holdfast.driver import Driver
 from holdfast.errors import (
     BadAccess,
     Busy,
@@ -33,12 +32,12 @@ from holdfast.keeper.connection import Connection
 from holdfast.keeper.describe import (
     Bells,
     close_bells,
+    control_memory,
     describe_bells,
     describe_lease,
     describe_slab,
 )
 from holdfast.keeper.lease import Lease
-from holdfast.kernel.mapping import Mapping
 from holdfast.uapi import pci_regs
 from holdfast.values import CONFIG_REGION, Access, IrqIndex
 from holdfast.wire import lease as wire
@@ -128,18 +127,12 @@ class Session:
         if not host.usable.is_set():
             raise Busy("the function is being quieted", operation="open", target=str(host.target))
         default = Access.SHARED if driver.channels() else Access.EXCLUSIVE
+        if request.access is None and request.channels is None:
+            default = Access.MEDIATED if self.keeper.mediation.preferred(lease) else default
         lease.access = request.access or default
         # One at a time from the proof that nobody else holds it to the lease that does.
         async with self.keeper.unit.lock:
-            if lease.access is Access.EXCLUSIVE or request.channels != 0:
-                await self.keeper.unit.hand_over(self.keeper, lease.peer.uid)
-            lease.channels = host.claim(lease.access, request.channels)
-            lease.claimed = lease.access is Access.EXCLUSIVE or bool(lease.channels)
-            try:
-                self.keeper.admit(lease, self)
-            except BaseException:
-                host.unclaim(lease.access, lease.channels)
-                raise
+            await self._claim(request)
         # From here on the lease exists: if anything below fails, it ends like any other.
         self._opened = True
         lease.note("opened")
@@ -156,6 +149,28 @@ class Session:
             finally:
                 close_bells(bells)
 
+    async def _claim(self, request: wire.Open) -> None:
+        """Take what the lease is for, and let the lease begin; or raise with nothing taken."""
+        lease, host = self.lease, self.host
+        if lease.access is Access.MEDIATED:
+            if request.channels:
+                raise UsageError("a mediated lease has no channels", operation="open",
+                                 target=str(host.target))  # fmt: skip
+            await self.keeper.mediation.begin(lease)
+        else:
+            if lease.access is Access.EXCLUSIVE or request.channels != 0:
+                await self.keeper.unit.hand_over(self.keeper, lease.peer.uid)
+            lease.channels = host.claim(lease.access, request.channels)
+            lease.claimed = lease.access is Access.EXCLUSIVE or bool(lease.channels)
+        try:
+            self.keeper.admit(lease, self)
+        except BaseException:
+            if lease.mediated is not None:
+                self.keeper.mediation.leave(lease)
+            else:
+                host.unclaim(lease.access, lease.channels)
+            raise
+
     async def _grant(self) -> Bells:
         """Make the lease's channels ready: idle, with rings of their own and fresh doorbells."""
         lease, host, driver = self.lease, self.host, self.host.driver
@@ -166,7 +181,7 @@ class Session:
         if need and lease.control is None:
             await self.desk.take_slab(lease, need, control=True)
         with ExitStack() as stack:
-            control = self._control_memory(stack)
+            control = control_memory(lease, stack)
             lease.grant = await host.drive(
                 COMMAND_DEADLINE, lambda: driver.grant(lease.channels, control)
             )
@@ -178,15 +193,6 @@ class Session:
             return  # a function of which nothing is known: nothing to ask
         if not driver.stop(channels) and driver.in_flight(channels):
             raise Busy("the engine is not at rest", operation="open", target=str(self.host.target))
-
-    def _control_memory(self, stack: ExitStack) -> ControlMemory | None:
-        slab = self.lease.control
-        if slab is None:
-            return None
-        mapping = Mapping.extents(slab.memory.fd, slab.memory.extents)
-        stack.callback(mapping.close)
-        sizes = [size for _, size in slab.memory.extents]
-        return ControlMemory(mapping.array.data, SgList.of(zip(slab.iovas, sizes, strict=True)))
 
     def _send_opened(self, seq: int, bells: Bells) -> None:
         fds: list[int] = []
@@ -250,6 +256,8 @@ class Session:
 
     async def _take_slab(self, request: wire.TakeSlab, _: list[int]) -> None:
         slab = await self.desk.take_slab(self.lease, request.nbytes)
+        if self.lease.mediated is not None:
+            await self.lease.mediated.refresh()
         fds: list[int] = []
         info = describe_slab(slab, fds)
         self.connection.send(wire.SlabTaken(seq=request.seq, info=info), fds)
@@ -266,10 +274,13 @@ class Session:
                 target=str(self.host.target),
                 hint="wait for them; the slab goes with the lease at the latest",
             )
+        if self.lease.mediated is not None:
+            await self.lease.mediated.withdraw(request.slab)
         await self.desk.give_slab(self.lease, request.slab)
         self.connection.send(wire.Done(seq=request.seq))
 
     async def _pin(self, request: wire.Pin, fds: list[int]) -> None:
+        self._require_direct("pin", "copy through a buffer: the client half of the lease does")
         if fds:
             self.desk.accept_own_memory(self.lease, fds.pop(0))
         address, nbytes = request.address, request.nbytes
@@ -301,6 +312,11 @@ class Session:
     async def _unpin(self, request: wire.Unpin, _: list[int]) -> None:
         await self.desk.unpin(self.lease, request.pin)
         self.connection.send(wire.Done(seq=request.seq))
+
+    def _require_direct(self, operation: str, hint: str) -> None:
+        if self.lease.mediated is not None:
+            raise NotSupported("a mediated lease only posts requests", operation=operation,
+                               target=str(self.host.target), hint=hint)  # fmt: skip
 
     # -- registers ------------------------------------------------------------
 
@@ -341,8 +357,9 @@ class Session:
 
     def _check_region(self, index: int, offset: int, count: int) -> None:
         regions = self.host.backend.regions
-        if not self.lease.claimed:
-            raise NotSupported("a lease of memory only has no registers", operation="access")
+        identity = self.lease.mediated is not None and index == CONFIG_REGION
+        if not self.lease.claimed and not identity:
+            raise NotSupported("a lease without channels has no registers", operation="access")
         if index >= len(regions) or offset + count > regions[index].size:
             raise BadAccess(
                 f"{count} bytes at {offset:#x} of region {index}",
@@ -351,6 +368,7 @@ class Session:
             )
 
     async def _command(self, request: wire.Command, _: list[int]) -> None:
+        self._require_direct("command", "commands act on channels of one's own")
         found = self.host.driver.commands().get(request.name)
         if found is None:
             raise NotSupported(
@@ -373,7 +391,7 @@ class Session:
     async def _reset(self, request: wire.Reset, _: list[int]) -> None:
         host = self.host
         if not self.lease.claimed:
-            raise NotSupported("a lease of memory only cannot reset", operation="reset")
+            raise NotSupported("a lease without channels cannot reset", operation="reset")
         async with host.starting:
             if not host.usable.is_set():
                 # Setting the function up again would turn bus mastering on under a dead lease
