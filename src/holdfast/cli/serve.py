@@ -13,6 +13,7 @@ from holdfast.keeper.main import Service, run
 from holdfast.keeper.quiesce import Deadlines
 from holdfast.keeper.server import Settings
 from holdfast.values import Policy, Target
+from holdfast.wire.rings import DEPTH
 
 LAB_VARIABLE = "HOLDFAST_LAB_GUEST"
 """Set in the lab's virtual machines, where a card may write wherever it likes."""
@@ -31,6 +32,20 @@ LAB_VARIABLE = "HOLDFAST_LAB_GUEST"
 @click.option("--arena", type=SIZE, default=0, help="serve all memory from one arena of this size")
 @click.option("--quota", type=SIZE, default="1G", show_default=True, help="bytes per lease")
 @click.option("--quarantine", type=SIZE, default="1G", show_default=True, help="admission bound")
+@click.option(
+    "--requests",
+    type=click.IntRange(1, DEPTH),
+    default=DEPTH,
+    show_default=True,
+    help="requests in flight per mediated lease",
+)
+@click.option(
+    "--card-windows",
+    type=click.IntRange(1, 2048),
+    default=1,
+    show_default=True,
+    help="cut the card's memory into so many parts, one for each mediated lease",
+)
 @click.option("--idle", type=float, default=None, help="end after this many idle seconds")
 @click.option("--drain-deadline", type=float, default=10.0, show_default=True)
 @click.option("--stop-deadline", type=float, default=2.0, show_default=True)
@@ -45,6 +60,8 @@ def command(
     arena: int,
     quota: int,
     quarantine: int,
+    requests: int,
+    card_windows: int,
     idle: float | None,
     drain_deadline: float,
     stop_deadline: float,
@@ -71,6 +88,8 @@ def command(
                 quarantine_bound=quarantine,
                 idle=idle,
                 deadlines=deadlines,
+                requests=requests,
+                card_windows=card_windows,
             ),
             arena,
             test_faults,

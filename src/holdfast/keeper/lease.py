@@ -139,6 +139,7 @@ class Lease:
             "channels": list(self.channels),
             "bytes": self.nbytes,
             "pins": len(self.pins),
+            "requests": self.mediated.seat.in_flight if self.mediated is not None else 0,
             "lifeline": self.lifeline,
             "withheld": [str(fact) for fact in self.machine.withheld()] if not self.alive else [],
             "in_flight_at_death": self.in_flight_at_death,

@@ -66,11 +66,14 @@ class MediatedLease:
             return 0 if self.mediation.house is None else self.seat.in_flight
         return await self.mediation.ask(lambda _: self.seat.in_flight)
 
-    async def stop(self) -> bool:
-        """See to it that nothing of this frozen lease is under way; True if that was proven."""
+    async def stop(self, deadline: float) -> bool:
+        """See to it that nothing of this frozen lease is under way; True if that was proven.
+
+        ``deadline`` seconds bound the stop of the channels, if there has to be one.
+        """
         if not self.rested and not await self.in_flight():
             self.rested = await self.mediation.engine_at_rest()
         if not self.rested:
             self.seat.dropped = True
-            self.rested = await self.mediation.restart() and not await self.in_flight()
+            self.rested = await self.mediation.restart(deadline) and not await self.in_flight()
         return self.rested

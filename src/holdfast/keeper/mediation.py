@@ -266,10 +266,12 @@ class Mediation:
             return True
         return not await self.host.drive(DEADLINE, lambda: driver.in_flight(house.channels))
 
-    async def restart(self) -> bool:
+    async def restart(self, deadline: float = DEADLINE) -> bool:
         """Stop the channels, start them anew, post again what living clients had in flight.
 
-        False if the function did not acknowledge the stop: then all goes on as it was.
+        False if the function did not acknowledge the stop; ``deadline`` seconds bound it. Then
+        nothing is posted until a later attempt succeeds: a channel that was told to stop may be
+        stopped by now.
         """
         house, driver = self.house, self.host.driver
         if house is None:
@@ -278,13 +280,16 @@ class Mediation:
             await self.ask(Mediator.pause)
             stopped = False
             try:
-                stopped = await self.host.drive(DEADLINE, lambda: driver.stop(house.channels))
+                stopped = await self.host.drive(deadline, lambda: driver.stop(house.channels))
+                if stopped:
+                    await self.ask(Mediator.detach)
+                    await self._start()
+            except BaseException:
+                stopped = False
+                raise
             finally:
                 if not stopped:
-                    await self.ask(Mediator.resume)
-            if stopped:
-                await self.ask(Mediator.detach)
-                await self._start()
+                    self._in_trouble("the engine did not acknowledge a stop")
             return stopped
 
     async def _start(self) -> None:

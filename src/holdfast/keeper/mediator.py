@@ -138,11 +138,6 @@ class Mediator(Worker):
         """Post nothing until :meth:`install`. What has finished is still told."""
         self._paused = True
 
-    def resume(self) -> None:
-        """Go on after :meth:`pause` with the lanes there are: nothing happened to them."""
-        self._paused = not self._lanes
-        self._list_all()
-
     def detach(self) -> None:
         """The engine is stopped: tell what it has finished and what it failed at, then look at the
         lanes no more, because their memory is about to be prepared anew."""

@@ -243,7 +243,7 @@ class Quiesce:
     async def _stop(self) -> bool:
         driver, channels = self.host.driver, self.lease.channels
         if self.lease.mediated is not None:
-            return await self.lease.mediated.stop()
+            return await self.lease.mediated.stop(self.deadlines.stop)
         if not self.lease.claimed:
             self.lease.machine.observe(Fact.CANNOT_POST)  # it was given no channel and no register
             return True
