@@ -13,6 +13,7 @@ import pytest
 
 import holdfast
 from holdfast.device import Device
+from holdfast.keeper.client import LeaseClient
 from holdfast.torture import actors
 from holdfast.torture.outside import settle
 from holdfast.torture.stack import Stack
@@ -174,12 +175,14 @@ def test_a_frozen_ring_is_not_read_any_more(serve: Callable[..., Stack]) -> None
     stack = serve(SLOW)
     with mediated(stack) as card:
         orphan = holdfast.open(stack.target, access="mediated")
+        client = orphan.lease
+        assert isinstance(client, LeaseClient)
         host = orphan.alloc(4096)
         queue = orphan.dma.queue
         batch = orphan.dma.prepare(Op.TO_CARD, host)
         number = orphan.lease.number
         end, bell = queue._end, os.dup(queue._bell.fd)
-        orphan.lease._sock.close()  # it hangs up, and goes on writing into its rings
+        client._sock.close()  # it hangs up, and goes on writing into its rings
         try:
             rows = batch.records.copy()
             for _ in range(50):
@@ -193,6 +196,7 @@ def test_a_frozen_ring_is_not_read_any_more(serve: Callable[..., Stack]) -> None
         finally:
             os.close(bell)
             orphan.orphan()
+            client.drop()
 
 
 def released_number(stack: Stack, number: int) -> dict[str, Any]:

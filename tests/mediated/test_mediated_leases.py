@@ -189,14 +189,15 @@ def test_what_is_not_the_lease_s_own_is_refused(xdma: Stack) -> None:
         secret.array[:] = 0x5C
         slab, at = secret.place
         mine = own.place[0]
-        for wrong in (
+        attempts: list[Callable[[], Transfer]] = [
             lambda: one(thief, slab=slab, offset=at),
             lambda: one(thief, op=Op.FROM_CARD, slab=slab, offset=at),
             lambda: one(thief, slab=mine, offset=1 << 40),
             lambda: one(thief, slab=mine, nbytes=0),
             lambda: one(thief, slab=mine, nbytes=(1 << 64) - 1),
             lambda: one(thief, slab=mine, address=64 << 20),
-        ):
+        ]
+        for wrong in attempts:
             with pytest.raises(BadTransfer, match="refused"):
                 wrong().wait(LONG)
         # Control memory of the keeper's own is nobody's.

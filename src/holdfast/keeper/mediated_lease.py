@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from holdfast.errors import Busy
 from holdfast.keeper.mediation_parts import Seat
@@ -32,6 +32,23 @@ class MediatedLease:
     window: int | None = None
     rested: bool = False
     """The engine was seen at rest, or stopped, after the last request had finished."""
+
+    def descriptors(self) -> dict[str, int]:
+        """What a successor of this keeper needs for this lease; they stay ours."""
+        number = int(self.lease.number)
+        return {
+            f"rings.{number}": self.ring_fd,
+            f"submit.{number}": self.seat.submit,
+            f"done.{number}": self.seat.done,
+        }
+
+    def note(self) -> dict[str, Any]:
+        """The rest of it; JSON-able."""
+        limits = self.seat.limits
+        return {
+            "window": self.window,
+            "limits": [limits.card_first, limits.card_end, limits.align],
+        }
 
     async def refresh(self) -> None:
         """The lease has got memory: requests may name it."""

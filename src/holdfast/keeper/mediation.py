@@ -26,10 +26,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from holdfast.contracts import Doorbell
 from holdfast.errors import Busy, Closed, HoldfastError, NotSupported
@@ -241,6 +241,61 @@ class Mediation:
     def close(self) -> None:
         """The keeper ends: nothing is posted any more. Idempotent."""
         self._end_thread()
+
+    # -- succession ------------------------------------------------------------
+
+    def descriptors(self) -> dict[str, int]:
+        """What a successor of this keeper needs besides that of its leases; they stay ours."""
+        return {"state": self._state.fd} if self._state is not None else {}
+
+    async def resume(
+        self,
+        house: Lease,
+        leases: Mapping[int, Lease],
+        fds: Mapping[str, int],
+        notes: Mapping[int, Mapping[str, Any]],
+    ) -> None:
+        """Go on where a keeper that was killed stopped. Takes ownership of ``fds``.
+
+        ``house`` is the lease that held the function for it, with its control memory; ``leases``
+        the mediated ones by number, with their slabs; ``fds`` everything that
+        :meth:`descriptors` and :meth:`.MediatedLease.descriptors` named; ``notes`` what
+        :meth:`.MediatedLease.note` said of each. The channels are brought to rest, and what was
+        accepted and not told finished is posted again. If they do not come to rest, nothing is
+        posted, and it is tried again until they do or the death protocol has dealt with them.
+        """
+        self.house = house
+        self._state = MediatorState(fds["state"])
+        self.mediator = Mediator(self._state, self._trouble)
+        for number, lease in leases.items():
+            await self._seat_again(lease, fds, notes[number])
+        await self.ask(Mediator.reinstate)
+        with contextlib.suppress(HoldfastError):  # it is tried again
+            await self.restart()
+
+    async def _seat_again(
+        self, lease: Lease, fds: Mapping[str, int], note: Mapping[str, Any]
+    ) -> None:
+        assert self._state is not None
+        number = int(lease.number)
+        row = self._state.find_seat(number)
+        row = self._state.take_seat(number) if row is None else row
+        ring_fd = fds[f"rings.{number}"]
+        mapping = FileMapping(ring_fd, RING_BYTES, dont_fork=True)
+        seat = Seat(
+            row,
+            KeeperEnd(mapping.array.data, *self._state.counts(row)),
+            fds[f"submit.{number}"],
+            fds[f"done.{number}"],
+            Limits(*note["limits"]),
+            self.keeper.settings.requests,
+            self.table_of(lease),
+            frozen=not lease.alive,
+        )
+        held = MediatedLease(self, lease, seat, ring_fd, mapping, note["window"])
+        self.leases[number] = held
+        lease.mediated = held
+        await self.ask(lambda m: m.admit(seat))
 
     # -- the engine ------------------------------------------------------------
 

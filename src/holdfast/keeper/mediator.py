@@ -182,7 +182,7 @@ class Mediator(Worker):
 
     def reinstate(self) -> None:
         """In a successor, once its seats are admitted: tell again what may have been told."""
-        for lane, table in enumerate(self._state.lanes):
+        for table in self._state.lanes:
             count = table.half_told()
             for seat, rows in self._by_seat(table.oldest(count)):
                 self._tell(seat, ends(rows))
@@ -192,7 +192,7 @@ class Mediator(Worker):
                 consumed = np.uint64(seat.end.consumed)
                 ahead = mine[mine[:, SEQUENCE] - consumed < np.uint64(1 << 63), SEQUENCE]
                 seat.known |= frozenset(ahead.tolist())
-            reach(f"keeper.mediation.reinstate{lane}")
+            reach("keeper.mediation.reinstate")
         for seat in self._seats.values():
             seat.end.publish()
             self._note(seat)
@@ -416,9 +416,12 @@ class Mediator(Worker):
         if seat.dropped:
             return  # nobody reads it, and it may be unmapped
         seat.end.put(ends)
+        reach("keeper.mediation.put")
         # Before the client can see them: what a successor goes on from is never behind that.
         self._state.produced(seat.number, seat.end.produced)
+        reach("keeper.mediation.produce")
         seat.end.publish()
+        reach("keeper.mediation.publish")
         self._note(seat)
 
     def _note(self, seat: Seat) -> None:
