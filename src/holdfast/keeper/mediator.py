@@ -194,8 +194,7 @@ class Mediator(Worker):
                 seat.known |= frozenset(ahead.tolist())
             reach("keeper.mediation.reinstate")
         for seat in self._seats.values():
-            seat.end.publish()
-            self._note(seat)
+            self._note(seat)  # it may have been told, and not woken
         self._ring_bells()
 
     # -- the thread ------------------------------------------------------------------------------
