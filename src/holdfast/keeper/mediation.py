@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
@@ -190,6 +191,19 @@ class Mediation:
             for slab in lease.slabs.values()
             if slab.number != but
         )
+
+    def describe(self) -> dict[str, Any] | None:
+        """What ``ps`` tells of the mediator, if there is one: work done, processor seconds used by
+        its thread and by the whole keeper."""
+        mediator = self.mediator
+        if mediator is None:
+            return None
+        return {
+            "requests": mediator.requests,
+            "batches": mediator.batches,
+            "cpu_s": mediator.cpu_seconds(),
+            "keeper_cpu_s": time.process_time(),
+        }
 
     # -- the house lease ------------------------------------------------------------
 

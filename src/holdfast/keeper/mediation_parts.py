@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,6 +27,11 @@ from holdfast.keeper.mediation_state import (
 from holdfast.poster import Lane
 from holdfast.wire.rings import BufferTable, Checked, KeeperEnd, Limits, Pieces, Status, U64s
 
+WINDOW_SECONDS: Final = 0.008
+WINDOW_FIRST: Final = 8 << 20
+WINDOW_LEAST: Final = 2 << 20
+WINDOW_MOST: Final = 48 << 20
+"""What may be on its way in one direction: so many seconds' worth of bytes, within bounds."""
 LAST_ROW: Final = np.uint64(LAST)
 SEAT_MASK: Final = np.uint64(LAST - 1)
 _SHIFT: Final = np.uint64(32)
@@ -66,11 +72,34 @@ class Running:
     table: LaneTable
     base: int
     nbytes: int = 0
+    """Bytes of what is on its way."""
+    window: int = WINDOW_FIRST
+    """How many there may be."""
+    since: float = 0.0
+    """When it was looked at last, or began to have something to do."""
     segments: deque[tuple[Seat, int, bool]] = field(default_factory=deque)
     """Whose the rows of the table are: seat, rows, whether each row is a whole request."""
 
     def room(self) -> int:
         return min(self.lane.room(), IN_FLIGHT - len(self.table))
+
+    def given(self, nbytes: int) -> None:
+        """Some bytes are being posted."""
+        if not self.nbytes:
+            self.since = time.monotonic()
+        self.nbytes += nbytes
+
+    def moved(self, nbytes: int) -> None:
+        """Some bytes have finished since the last look: fit the window to the engine's pace.
+
+        What is on its way is what another client's next request must wait for, so it is bounded in
+        time; but a fast engine must not run dry while its completions are told.
+        """
+        now = time.monotonic()
+        pace = int(nbytes / max(now - self.since, 1e-6) * WINDOW_SECONDS)
+        self.window = min(max((3 * self.window + pace) // 4, WINDOW_LEAST), WINDOW_MOST)
+        self.nbytes -= nbytes
+        self.since = now
 
 
 def plan(seat: Seat, good: Checked, pieces: Pieces, sequence: U64s) -> U64s:

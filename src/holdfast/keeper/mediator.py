@@ -53,9 +53,8 @@ from holdfast.wire.rings import BufferTable, Checked, Op, Status, U64s
 TURN_REQUESTS: Final = 256
 TURN_BYTES: Final = 2 << 20
 """What a client may post before it is the next one's turn."""
-WINDOW_BYTES: Final = 8 << 20
 WINDOW_REQUESTS: Final = 768
-"""What may be on its way in one direction: about two milliseconds' worth."""
+"""How many requests may be on their way in one direction; bytes: ``Running.window``."""
 ROUNDS: Final = 8
 """Turns between two looks at what has finished."""
 POLL: Final = 0.001
@@ -271,7 +270,8 @@ class Mediator(Worker):
             return _Turn.STUCK
         batch = rings.check(end.copy(count), seat.buffers, seat.limits)
         reach("keeper.mediation.check")
-        budget = min(seat.deficit + TURN_BYTES, WINDOW_BYTES - max(first.nbytes, second.nbytes))
+        window = min(first.window - first.nbytes, second.window - second.nbytes)
+        budget = min(seat.deficit + TURN_BYTES, window)
         taken, used = within(batch, budget)
         if taken < len(batch):
             if not taken:
@@ -329,7 +329,7 @@ class Mediator(Worker):
         """Hand accepted rows to the engine; they are in the table."""
         count = len(rows) if whole else int(np.count_nonzero(rows[:, SEAT] & LAST_ROW))
         seat.in_flight += count
-        running.nbytes += int(rows[:, LENGTH].sum())
+        running.given(int(rows[:, LENGTH].sum()))
         segments = running.segments
         if segments and segments[-1][0] is seat and segments[-1][2] == whole:
             segments[-1] = (seat, segments[-1][1] + len(rows), whole)
@@ -376,7 +376,7 @@ class Mediator(Worker):
             if count:
                 table.begin_telling(count)
                 rows = table.oldest(count)
-                running.nbytes -= int(rows[:, LENGTH].sum())
+                running.moved(int(rows[:, LENGTH].sum()))
                 self._tell_finished(running, rows)
                 table.told(count)
                 reach("keeper.mediation.told")

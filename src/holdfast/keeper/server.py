@@ -383,6 +383,7 @@ class Keeper:
             "leases": every[: wire.PS_PAGE],
             "more": len(every) > wire.PS_PAGE,
             "free_channels": sorted(self.host.free_channels),
+            "mediator": self.mediation.describe(),
             "quarantined_bytes": self.quarantined(),
             "unaccounted_bytes": self.unaccounted(),
         }

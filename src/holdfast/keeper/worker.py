@@ -57,6 +57,11 @@ class Worker:
             events.ring(self._bell)
         return answer
 
+    def cpu_seconds(self) -> float:
+        """Processor time that the thread has used. Only while it runs."""
+        ident = self._thread.ident
+        return time.clock_gettime(time.pthread_getcpuclockid(ident)) if ident else 0.0
+
     def close(self) -> None:
         """End the thread; what it was asked and has not done is cancelled. Idempotent."""
         with self._lock:
@@ -81,10 +86,6 @@ class Worker:
         """Before the descriptor is closed. Nothing happens if it is not watched."""
         if self._wake.pop(fd, None) is not None:
             self._epoll.unregister(fd)
-
-    def cpu_seconds(self) -> float:
-        """Processor time of this thread."""
-        return time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
 
     def _round(self) -> bool:
         """Do some work; True if there is more at once."""
