@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -377,6 +379,25 @@ def test_scribbling_over_the_rings_reaches_nobody_else(xdma: Stack) -> None:
         )
         == 0
     )
+
+
+def test_a_client_that_fills_its_bell_holds_up_nobody(xdma: Stack) -> None:
+    hostile = RawRings(xdma)
+    flags = fcntl.fcntl(hostile.done, fcntl.F_GETFL)
+    fcntl.fcntl(hostile.done, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+    end = rings.ClientEnd(hostile.mapping.array.data)
+    writer = os.open(f"/proc/self/fd/{hostile.done}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.close(writer)
+    for _ in range(3):
+        end.submit(rings.records(Op.TO_CARD, 999, np.zeros(300), 64, 0))
+        os.eventfd_write(hostile.bell, 1)
+        with mediated(xdma) as victim:
+            there_and_back(victim, 0, 4096, 13)
+    assert end.reap() is not None
+    hostile.close()
 
 
 def test_an_overrun_drops_what_was_submitted_and_says_so(xdma: Stack) -> None:

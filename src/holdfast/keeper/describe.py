@@ -99,7 +99,7 @@ def describe_rings(held: MediatedLease, fds: list[int]) -> wire.RingInfo:
     """What a mediated lease posts through."""
     seat, limits = held.seat, held.seat.limits
     at = len(fds)
-    fds += [held.ring_fd, seat.submit, seat.done]
+    fds += [held.ring_fd, seat.submit, held.heard]
     return wire.RingInfo(
         fd=at,
         submit=at + 1,

@@ -29,6 +29,8 @@ class MediatedLease:
     seat: Seat
     ring_fd: int
     mapping: Mapping
+    heard: int
+    """The client's end of the bell that is rung for it."""
     window: int | None = None
     rested: bool = False
     """The engine was seen at rest, or stopped, after the last request had finished."""
@@ -40,6 +42,7 @@ class MediatedLease:
             f"rings.{number}": self.ring_fd,
             f"submit.{number}": self.seat.submit,
             f"done.{number}": self.seat.done,
+            f"heard.{number}": self.heard,
         }
 
     def note(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from holdfast.keeper.mediation_parts import Seat
 from holdfast.keeper.mediation_state import MediatorState
 from holdfast.keeper.mediator import Mediator
 from holdfast.keeper.state import Machine
-from holdfast.kernel import events, memfd, pidfd
+from holdfast.kernel import bells, events, memfd, pidfd
 from holdfast.kernel.mapping import Mapping as FileMapping
 from holdfast.poster import Poster
 from holdfast.values import Access, LeaseId, Policy
@@ -131,12 +131,13 @@ class Mediation:
             undo.callback(os.close, ring_fd)
             submit = events.make()
             undo.callback(events.close, submit)
-            done = events.make()
-            undo.callback(events.close, done)
+            heard, done = bells.make()
+            undo.callback(os.close, heard)
+            undo.callback(os.close, done)
             mapping = FileMapping(ring_fd, RING_BYTES, dont_fork=True)
             end = KeeperEnd(mapping.array.data)
             seat = Seat(number, end, submit, done, limits, self.keeper.settings.requests)
-            held = MediatedLease(self, lease, seat, ring_fd, mapping, window)
+            held = MediatedLease(self, lease, seat, ring_fd, mapping, heard, window)
             await self.ask(lambda m: m.admit(seat))
             undo.pop_all()
         self.leases[int(lease.number)] = held
@@ -172,7 +173,7 @@ class Mediation:
     async def _forget(self, held: MediatedLease) -> None:
         with contextlib.suppress(Closed, StaysStuck):
             await self.ask(lambda m: m.leave(held.seat))
-        for fd in (held.ring_fd, held.seat.submit, held.seat.done):
+        for fd in (held.ring_fd, held.seat.submit, held.seat.done, held.heard):
             os.close(fd)
         held.mapping.close()
         self._move_out_if_empty()
@@ -306,7 +307,8 @@ class Mediation:
             self.table_of(lease),
             frozen=not lease.alive,
         )
-        held = MediatedLease(self, lease, seat, ring_fd, mapping, note["window"])
+        heard = fds[f"heard.{number}"]
+        held = MediatedLease(self, lease, seat, ring_fd, mapping, heard, note["window"])
         self.leases[number] = held
         lease.mediated = held
         await self.ask(lambda m: m.admit(seat))
@@ -370,11 +372,11 @@ class Mediation:
             house.grant = await host.drive(
                 DEADLINE, lambda: driver.grant(house.channels[:1], control)
             )
-            bells = await host.call(host.bells_for, house.grant.bells)
+            fresh = await host.call(host.bells_for, house.grant.bells)
             try:
                 poster = await host.drive(
                     DEADLINE,
-                    lambda: driver.poster(house.channels[:1], control, _ringer(bells)),
+                    lambda: driver.poster(house.channels[:1], control, _ringer(fresh)),
                 )
                 vectors = [
                     -1 if lane.vector is None else host.irq_fds[lane.vector]
@@ -382,9 +384,9 @@ class Mediation:
                 ]
                 await self.ask(lambda m: m.install(poster, vectors))
             except BaseException:
-                close_bells(bells)
+                close_bells(fresh)
                 raise
-        old, self._bells = self._bells, bells
+        old, self._bells = self._bells, fresh
         close_bells(old)
         self._poster = poster
 
@@ -413,10 +415,10 @@ class Mediation:
 
 
 def _ringer(
-    bells: list[tuple[int, Doorbell]],
+    doorbells: list[tuple[int, Doorbell]],
 ) -> Callable[[int, int], Callable[[int], None] | None]:
     """Finds a doorbell's bell by BAR and offset."""
-    found = {(bar, bell.info.offset): bell.fd for bar, bell in bells}
+    found = {(bar, bell.info.offset): bell.fd for bar, bell in doorbells}
 
     def bell(bar: int, offset: int) -> Callable[[int], None] | None:
         fd = found.get((bar, offset))

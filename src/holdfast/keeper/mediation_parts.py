@@ -41,8 +41,8 @@ _SHIFT: Final = np.uint64(32)
 class Seat:
     """One client's place at the mediator. Once admitted it is the thread's.
 
-    ``number`` is its row in the state; ``submit`` the bell that the client rings, ``done`` the one
-    that is rung for it; ``quota`` the most requests it has in flight.
+    ``number`` is its row in the state; ``submit`` the eventfd that the client rings, ``done`` the
+    end to ring of the bell that it hears; ``quota`` the most requests it has in flight.
     """
 
     number: int

@@ -44,7 +44,7 @@ from holdfast.keeper.mediation_parts import (
 )
 from holdfast.keeper.mediation_state import CARD, HOST, LENGTH, SEAT, SEQUENCE, TAG, MediatorState
 from holdfast.keeper.worker import Worker
-from holdfast.kernel import events
+from holdfast.kernel import bells
 from holdfast.poster import Poster
 from holdfast.steps import reach
 from holdfast.wire import rings
@@ -431,9 +431,7 @@ class Mediator(Worker):
     def _ring_bells(self) -> None:
         for seat in self._news:
             seat.news = False
-            with contextlib.suppress(OSError):
-                # Its counter is full because the client filled it: then it is readable, too.
-                events.ring(seat.done)
+            bells.ring(seat.done)
         self._news.clear()
 
     def _by_seat(self, rows: U64s) -> list[tuple[Seat, U64s]]:

@@ -21,6 +21,7 @@ from holdfast.interrupt import Interrupt
 from holdfast.keeper import embedded
 from holdfast.keeper.client import LeaseClient, close_all, expect, sg_of, take_bells
 from holdfast.keeper.watch import Watch
+from holdfast.kernel import bells
 from holdfast.kernel.mapping import Mapping
 from holdfast.mediated import MediatedEngine
 from holdfast.uapi import pci_regs
@@ -161,12 +162,12 @@ def _build(
         unmask = client.unmask if vector.level else None
         irqs[vector.vector] = Interrupt(vector.vector, fds[vector.fd], client, unmask)
         taken.add(vector.fd)
-    bells = take_bells(opened.bells, fds)
+    doorbells = take_bells(opened.bells, fds)
     taken.update(bell.fd for bell in opened.bells)
     engine = None
     if opened.rings is not None:
         engine, bell, done = _rings(opened.rings, fds, client)
-        bells, irqs = [(MEDIATED_BELL, bell)], {0: done}
+        doorbells, irqs = [(MEDIATED_BELL, bell)], {0: done}
         taken.update((opened.rings.submit, opened.rings.done))
     control = _map_control(opened.control, fds) if opened.control else None
     driver: type[Driver] = Driver
@@ -181,7 +182,7 @@ def _build(
         bars=bars,
         config=config,
         irqs=irqs,
-        bells=bells,
+        bells=doorbells,
         control=control,
         engine=engine,
     )
@@ -225,7 +226,7 @@ def _rings(
     """The client half of a mediated lease, and its bells, which the device comes to own."""
     mapping = Mapping(fds[info.fd], RING_BYTES, dont_fork=True)
     bell = Bell(0, None, fds[info.submit])
-    done = Interrupt(0, fds[info.done], client)
+    done = Interrupt(0, fds[info.done], client, drain=bells.drain)
     end = ClientEnd(mapping.array.data)
     return lambda device: MediatedEngine(device, end, bell, done, info.card), bell, done
 

@@ -211,7 +211,8 @@ class SlabInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 class RingInfo(msgspec.Struct, frozen=True, kw_only=True):
     """How a mediated lease posts: positions of its rings (:mod:`holdfast.wire.rings`), of the
-    eventfd that it rings, and of the one that is rung for it; and what requests must keep to."""
+    eventfd that it rings, and of the pipe's end that becomes readable when requests have ended; and
+    what requests must keep to."""
 
     fd: int
     submit: int
