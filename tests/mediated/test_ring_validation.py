@@ -80,7 +80,7 @@ def verdict(row: tuple[int, ...], buffers: Buffers, limit: Limits) -> Status:
 
 
 @given(st.lists(record, min_size=1, max_size=20), tables, limits)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_each_record_gets_the_verdict_of_the_plain_rules(
     found: list[tuple[int, ...]], buffers: Buffers, limit: Limits
 ) -> None:
@@ -96,7 +96,7 @@ def piece_by_piece(buffers: Buffers, number: int, offset: int, nbytes: int) -> l
 
 
 @given(tables.filter(bool), st.data())
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_pieces_are_the_bytes_that_were_named(buffers: Buffers, data: st.DataObject) -> None:
     named = []
     for number, (found, _) in data.draw(st.permutations(sorted(buffers.items()))):
