@@ -7,6 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -173,6 +174,16 @@ def test_direct_and_mediated_leases_exclude_each_other(serve: Callable[..., Stac
             holdfast.open(stack.target, access="mediated")
     with mediated(stack) as card:
         there_and_back(card, 0, 4096, 4)
+
+
+def test_clients_come_while_the_last_one_goes(xdma: Stack) -> None:
+    def come_and_go(seed: int) -> None:
+        for turn in range(8):
+            with mediated(xdma) as card:
+                there_and_back(card, seed << 20, 4096, seed + turn)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(come_and_go, range(2)))
 
 
 def test_channels_cannot_be_asked_for(xdma: Stack) -> None:

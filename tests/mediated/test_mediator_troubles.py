@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from holdfast.errors import Closed, DeviceGone
+from holdfast.keeper.mediation import Mediation
 from holdfast.keeper.mediation_parts import Seat
 from holdfast.keeper.mediation_state import MediatorState
 from holdfast.keeper.mediator import Mediator
@@ -216,6 +219,31 @@ def test_a_full_lane_is_shared_and_a_quota_is_kept(bench: Bench) -> None:
     assert len(other.told(10)) == 10
     bench.lane.finished = 1000
     assert len(bounded.told(10)) == 10
+
+
+@pytest.mark.parametrize(
+    ("mediates", "uids", "mediated", "expected"),
+    [
+        (True, [], 0, False),
+        (True, [1000], 0, False),
+        (True, [1000, 1001], 0, True),
+        (True, [1000], 1, True),
+        (False, [1001], 0, False),
+    ],
+)
+def test_clients_of_a_second_user_are_mediated(
+    mediates: bool, uids: list[int], mediated: int, expected: bool
+) -> None:
+    async def ask() -> bool:
+        leases = {at: SimpleNamespace(peer=SimpleNamespace(uid=uid)) for at, uid in enumerate(uids)}
+        host = SimpleNamespace(driver=SimpleNamespace(mediates=mediates))
+        keeper: Any = SimpleNamespace(host=host, leases=leases)
+        found = Mediation(keeper, iter(()), lambda *_: None)
+        found.leases = dict.fromkeys(range(mediated), cast(Any, None))
+        mine: Any = SimpleNamespace(peer=SimpleNamespace(uid=1000))
+        return found.preferred(mine)
+
+    assert asyncio.run(ask()) is expected
 
 
 def test_a_call_after_the_end_says_so(bench: Bench) -> None:

@@ -73,6 +73,8 @@ class Mediation:
         self._numbers = numbers
         self._end = end
         self._moved_out = asyncio.Event()
+        self._coming = 0
+        """Leases that are about to get their rings: the keeper does not move out before them."""
         self.leases: dict[int, MediatedLease] = {}
         self.house: Lease | None = None
         self.mediator: Mediator | None = None
@@ -106,6 +108,14 @@ class Mediation:
                 target=str(self.host.target),
                 hint="open it with access='shared' or 'exclusive'",
             )
+        self._coming += 1
+        try:
+            await self._begin(lease)
+        finally:
+            self._coming -= 1
+            self._move_out_if_empty()
+
+    async def _begin(self, lease: Lease) -> None:
         # Whoever had registers mapped until now must have nothing left of them.
         await self.keeper.unit.hand_over(self.keeper, None)
         if self.house is not None and not self.house.alive:
@@ -114,11 +124,7 @@ class Mediation:
                     await self._moved_out.wait()
         if self.house is None or self.mediator is None:
             await self._move_in()
-        try:
-            await self._seat(lease)
-        except BaseException:
-            self._move_out_if_empty()
-            raise
+        await self._seat(lease)
 
     async def _seat(self, lease: Lease) -> None:
         assert self._state is not None
@@ -219,13 +225,17 @@ class Mediation:
             self.mediator = Mediator(self._state, self._trouble)
             await self._start()
         except BaseException:
-            self._move_out_if_empty()
+            self._move_out()
             raise
 
     def _move_out_if_empty(self) -> None:
         """After the last mediated lease: the function can be leased otherwise again."""
+        if not self.leases and not self._coming:
+            self._move_out()
+
+    def _move_out(self) -> None:
         house = self.house
-        if self.leases or house is None or not house.alive:
+        if house is None or not house.alive:
             return
         self._end_thread()
         house.signal(hung_up=True, goodbye=True)
