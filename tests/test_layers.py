@@ -26,7 +26,7 @@ LAYERS: list[list[set[str]]] = [
     [{"pci"}, {"dma"}],
     [{"contracts"}],
     [{"backends"}, {"emu"}, {"testing"}],
-    [{"device", "driver", "bar", "interrupt", "transfer"}],
+    [{"device", "driver", "bar", "interrupt", "transfer", "poster", "mediated"}],
     [{"drivers"}, {"keeper"}],
     [{""}],  # the package itself: the public names
     [{"spec"}, {"torture"}, {"lab"}],

@@ -99,6 +99,7 @@ class Device:
         irqs: dict[int, Interrupt],
         bells: list[tuple[int, Bell]],
         control: ControlMemory | None,
+        engine: Callable[[Device], Engine] | None = None,
     ) -> None:
         self.target = target
         self.lease = lease
@@ -113,7 +114,7 @@ class Device:
         self._closed = False
         self._why: HoldfastError | None = None
         self.watch: Watcher | None = None
-        self.dma: Any = driver.engine(self) if driver.engine is not None else Engine(self)
+        self.dma: Any = (engine or driver.engine or Engine)(self)
 
     # -- memory ------------------------------------------------------------
 
@@ -176,6 +177,8 @@ class Device:
         """
         self._check("pin")
         data, writable = flat_bytes(obj, target=str(self.target))
+        if self.lease.access is Access.MEDIATED:
+            return Pin(obj, data, Iova(0), writable, "bounced", lambda _: None)
         number, iova, how = self.lease.pin(data, writable=writable)
 
         def undo(later: object | None) -> None:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from holdfast.dma.sg import SgList
 from holdfast.errors import NotSupported
 from holdfast.loading import load_class
+from holdfast.poster import Bells, Poster
 from holdfast.regs.view import RegisterView
 from holdfast.values import IrqIndex, Target
 
@@ -145,6 +146,8 @@ class Driver:
 
     engine: ClassVar[type[Engine] | None] = None
     """The client half."""
+    mediates: ClassVar[bool] = False
+    """True if :meth:`poster` works: clients that do not trust each other can share the function."""
 
     def __init__(self, fn: FunctionAccess) -> None:
         self.fn = fn
@@ -194,6 +197,22 @@ class Driver:
     def stop(self, channels: Sequence[int]) -> bool:
         """Stop the engine for these channels. True only if it acknowledged."""
         return False
+
+    def poster(
+        self, channels: Sequence[int], control: ControlMemory | None, bells: Bells
+    ) -> Poster:
+        """What posts checked requests on channels that :meth:`grant` has just started.
+
+        Mediated access: the keeper holds the channels itself. ``control`` is what ``grant`` got;
+        ``bells`` finds the doorbells it asked for. Raise NotSupported if the extent of the card's
+        memory is not known, because then no request could be checked.
+        """
+        raise NotSupported(
+            "this driver cannot post for others",
+            operation="open mediated",
+            target=self.name,
+            hint="open it with access='shared' or 'exclusive', or use a driver with poster()",
+        )
 
     def commands(self) -> dict[str, Callable[..., Any]]:
         """The methods marked with :func:`command`, by name."""

@@ -39,18 +39,26 @@ class LeaseEnd(Protocol):
 class Interrupt:
     """One vector. Owns the eventfd ``fd``. Any thread may wait; one count wakes one waiter.
 
+    ``drain`` takes the count, for what is no eventfd.
+
     A level-triggered line (INTx) masks itself when it is raised; ``unmask`` lets it be raised
     again. It is called when somebody waits anew: by then what raised it has been acknowledged, or
     it is raised once more for nothing.
     """
 
     def __init__(
-        self, vector: int, fd: int, lease: LeaseEnd, unmask: Callable[[], None] | None = None
+        self,
+        vector: int,
+        fd: int,
+        lease: LeaseEnd,
+        unmask: Callable[[], None] | None = None,
+        drain: Callable[[int], int] = events.drain,
     ) -> None:
         self.vector = vector
         self._fd = fd
         self._lease = lease
         self._unmask = unmask
+        self._drain = drain
         self._masked = False
         self._epoll = select.epoll()
         self._epoll.register(fd, select.EPOLLIN)
@@ -67,7 +75,7 @@ class Interrupt:
         """How often it was raised since last taken; 0 if it was not. Never blocks."""
         if self._fd < 0:
             raise Closed("the device is closed", operation="wait for interrupt")
-        count = events.drain(self._fd)
+        count = self._drain(self._fd)
         self._masked |= bool(count and self._unmask)
         if count and self._waiters:
             self._tell_loops()

@@ -53,6 +53,7 @@ class Access(enum.StrEnum):
 
     EXCLUSIVE = "exclusive"
     SHARED = "shared"
+    MEDIATED = "mediated"
 
 
 class Policy(enum.StrEnum):

@@ -228,3 +228,25 @@ def test_a_keeper_whose_loop_does_not_run_is_killed_and_succeeded(
         os.kill(before, signal.SIGSTOP)
         assert ps(card)["keeper"] != before
         assert eventually(lambda: not os.path.exists(f"/proc/{before}"))
+
+
+def test_mediated_requests_complete_while_the_keeper_is_killed(serve: Callable[..., Stack]) -> None:
+    stack = serve("emu:xdma?memory=1M&link_rate=4M", "--safe-after", "1000")
+    with opened(stack, access="mediated") as card, opened(stack, access="mediated") as other:
+        sources = [device.alloc(SIZE) for device in (card, other)]
+        backs = [device.alloc(SIZE) for device in (card, other)]
+        for count in range(4):
+            for seed, source in enumerate(sources):
+                source.array[:] = pattern(10 * count + seed)
+            transfers = [
+                device.dma.to_card(source, seed * SIZE)
+                for seed, (device, source) in enumerate(zip((card, other), sources, strict=True))
+            ]
+            kill(stack.keeper_pid)
+            for transfer in transfers:
+                transfer.wait(LONG)
+            for seed, (device, back) in enumerate(zip((card, other), backs, strict=True)):
+                device.dma.from_card(back, seed * SIZE).wait(LONG)
+                assert np.array_equal(back.array, sources[seed].array)
+        assert ps(card)["successions"] == 4
+        assert ps(card)["unaccounted_bytes"] == 0

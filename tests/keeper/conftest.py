@@ -180,6 +180,9 @@ class Bench:
     def settled(self, lease: Lease) -> None:
         """Nobody succeeds this one."""
 
+    async def restored(self) -> None:
+        """This keeper posts nothing."""
+
     def announce(self, what: str, text: str, *, but: Lease) -> None:
         self.announced.append(what)
 

@@ -27,6 +27,7 @@ class Sizes:
     nbytes: int = 64 << 20
     rounds: int = 7
     posts: int = 4000
+    requests: int = 64_000
     loads: int = 2000
     mapped_loads: int = 200_000
     opens_cold: int = 5
@@ -39,6 +40,7 @@ QUICK = Sizes(
     nbytes=8 << 20,
     rounds=2,
     posts=100,
+    requests=1024,
     loads=100,
     mapped_loads=5000,
     opens_cold=1,

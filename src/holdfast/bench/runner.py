@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from holdfast.bench import death, opening, posting, registers, traffic
+from holdfast.bench import death, mediated, opening, posting, registers, traffic
 from holdfast.bench.plan import FULL, QUICK, Run
 from holdfast.bench.result import Result
 
@@ -18,16 +18,22 @@ BENCHES: dict[str, Bench] = {
     "sg_c2h": traffic.sg_c2h,
     "post_256": posting.post_256,
     "post_32": posting.post_32,
+    "mediated_small": mediated.mediated_small,
+    "mediated_h2c": mediated.mediated_h2c,
+    "mediated_c2h": mediated.mediated_c2h,
     "register_trapped": registers.register_trapped,
     "register_mapped": registers.register_mapped,
     "open_cold": opening.open_cold,
     "open_warm": opening.open_warm,
     "kills": death.kills,
 }
-"""Name to bench. ``kills`` yields several figures, all others the one of their name."""
+"""Name to bench. ``kills`` and ``mediated_small`` yield several figures, all others the one of
+their name."""
 
 FIGURES: dict[str, str] = {
-    **{name: name for name in BENCHES if name != "kills"},
+    **{name: name for name in BENCHES if name not in ("kills", "mediated_small")},
+    "mediated_cpu": "mediated_small",
+    "mediated_rate": "mediated_small",
     "kill_to_detected": "kills",
     "kill_to_quiet": "kills",
     "quiet_to_released": "kills",

@@ -107,6 +107,13 @@ def _seconds(name: str, default: float, what: str) -> Callable[[F], F]:
     "directory, or with an allow-list in /run/holdfast",
 )
 @click.option("--quarantine", type=SIZE, default="1G", show_default=True, help="admission bound")
+@click.option(
+    "--card-windows",
+    type=click.IntRange(1, 2048),
+    default=1,
+    show_default=True,
+    help="cut the card's memory into so many parts, one for each mediated lease",
+)
 @click.option("--idle", type=float, default=None, help="end after this many idle seconds")
 @_seconds("--drain-deadline", _BOUNDS.drain, "for what a dead client posted to finish")
 @_seconds("--stop-deadline", _BOUNDS.stop, "for one call of the driver, such as to stop")
@@ -148,6 +155,7 @@ def command(
     groups: tuple[str, ...],
     socket_path: Path | None,
     quarantine: int,
+    card_windows: int,
     idle: float | None,
     drain_deadline: float,
     stop_deadline: float,
@@ -203,6 +211,7 @@ def command(
                 quarantine_bound=quarantine,
                 idle=idle,
                 deadlines=deadlines,
+                card_windows=card_windows,
             ),
             arena,
             test_faults,

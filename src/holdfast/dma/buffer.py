@@ -195,6 +195,12 @@ class Buffer:
         return self._sg
 
     @property
+    def place(self) -> tuple[int, int]:
+        """Number of the slab it lies in, and its offset there in bytes."""
+        self.require_open()
+        return self._slab.number, self._offset
+
+    @property
     def closed(self) -> bool:
         return self._array is None
 

@@ -6,8 +6,9 @@ and are carried out through this process's own ``/proc/self/mem``; when the proc
 fail, and nothing is written anywhere. *in place*: the process itself asked the kernel to pin its
 pages on the I/O address space that the keeper also holds; these pins belong to open files, not to
 the process, and outlive it until the keeper unmaps (drivers/vfio/vfio_iommu_type1.c,
-drivers/iommu/iommufd/pages.c). The pin holds the Python object, so its memory cannot be freed or
-moved while the function may reach it.
+drivers/iommu/iommufd/pages.c). *bounced*: the function never reaches the memory; what is moved
+is copied through a buffer at the transfer's ends. The pin holds the Python object, so its memory
+cannot be freed or moved while the function may reach it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from holdfast.dma.sg import SgList
-from holdfast.errors import BadBuffer, Closed
+from holdfast.errors import BadBuffer, Closed, NotSupported
 from holdfast.values import Iova
 
 
@@ -70,7 +71,7 @@ class Pin:
         self.writable = writable
         """False for read-only memory: then only card-bound transfers are possible."""
         self.how = how
-        """"relayed" or "in place"."""
+        """"relayed", "in place" or "bounced"."""
         self._undo: Callable[[object | None], None] | None = undo
         self._users = 0
         self._freed = False
@@ -87,8 +88,14 @@ class Pin:
 
     @property
     def sg(self) -> SgList:
-        """Where the function sees the memory."""
+        """Where the function sees the memory. NotSupported for a bounced pin: nowhere."""
         self.require_open()
+        if self.how == "bounced":
+            raise NotSupported(
+                "the function does not see a bounced pin's memory",
+                operation="use pin",
+                hint="hand the pin itself to device.dma",
+            )
         return SgList.of([(self.iova, self.nbytes)])
 
     def require_open(self) -> None:

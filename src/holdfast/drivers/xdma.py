@@ -27,8 +27,10 @@ from typing import Any
 
 from holdfast.driver import ControlMemory, Driver, FunctionAccess, Grant, command
 from holdfast.drivers.xdma_engine import XdmaEngine
+from holdfast.drivers.xdma_poster import make_lane
 from holdfast.drivers.xdma_ring import BLOCK, CONTROL_BYTES, Layout, prepare_ring
-from holdfast.errors import DeviceError
+from holdfast.errors import DeviceError, NotSupported
+from holdfast.poster import Bells, Poster
 from holdfast.regs import xdma as regs
 from holdfast.regs.xdma import CHANNEL, SG, Control, Direction, Status
 from holdfast.values import IrqIndex
@@ -62,6 +64,7 @@ class XdmaDriver(Driver):
     reset_stops_dma = True
     control_bytes = CONTROL_BYTES
     engine = XdmaEngine
+    mediates = True
 
     def __init__(self, fn: FunctionAccess) -> None:
         super().__init__(fn)
@@ -167,6 +170,38 @@ class XdmaDriver(Driver):
                 (rows.control, int(START), channel),
             )
         )
+
+    def poster(
+        self, channels: Sequence[int], control: ControlMemory | None, bells: Bells
+    ) -> Poster:
+        """Post on the first of the channels. The emulated card says how much memory it has."""
+        if control is None:
+            raise DeviceError("no control memory", operation="open mediated")
+        if self.user is None:
+            raise NotSupported(
+                "the card does not say how much memory it has",
+                operation="open mediated",
+                hint="subclass XdmaDriver and override poster()",
+            )
+        size = self.user.read(regs.USER_MEMORY_LO) | self.user.read(regs.USER_MEMORY_HI) << 32
+        return self.poster_for(channels[0], control, bells, size)
+
+    def poster_for(
+        self, channel: int, control: ControlMemory, bells: Bells, card_bytes: int
+    ) -> Poster:
+        """The poster of a card whose memory is known to have ``card_bytes`` bytes from 0 on."""
+        to_card, from_card = (
+            make_lane(
+                control,
+                direction,
+                channel,
+                self.vector(direction, channel),
+                (self.bar_index, self.bar),
+                bells,
+            )
+            for direction in self.directions
+        )
+        return Poster(to_card, from_card, card_bytes)
 
     # -- the proof of quiet ------------------------------------------------------------
 

@@ -40,7 +40,10 @@ async def _try(proving: Proving) -> bool:
     """Whether the function is usable (or a dead lease still keeps it from being so)."""
     lease, host = proving.lease, proving.host
     try:
+        was_off = not host.usable.is_set()
         await host.restore(proving.deadlines.reset)
+        if was_off and host.usable.is_set():
+            await proving.announcer.restored()
         await host.call(host.renew_vectors, lease.grant.vectors)
     except HoldfastError as error:
         said = f"the function is not usable again: {error.what}"

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from holdfast.contracts import Doorbell
+from holdfast.dma.sg import SgList
+from holdfast.driver import ControlMemory
 from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.lease import HeldSlab, Lease
-from holdfast.values import IrqIndex
+from holdfast.keeper.mediated_lease import MediatedLease
+from holdfast.kernel.mapping import Mapping
+from holdfast.values import CONFIG_REGION, Access, IrqIndex
 from holdfast.wire import lease as wire
 
 Bells = list[tuple[int, Doorbell]]
@@ -39,12 +44,15 @@ def describe_lease(lease: Lease, host: FunctionHost, bells: Bells, fds: list[int
         grant=dict(lease.grant.info),
         quota=0,
         watch=host.backend.request_fd is not None,
+        rings=describe_rings(lease.mediated, fds) if lease.mediated is not None else None,
     )
 
 
 def _describe_regions(lease: Lease, host: FunctionHost, fds: list[int]) -> list[wire.RegionInfo]:
     regions = []
     for region in host.backend.regions:
+        if lease.access is Access.MEDIATED and region.index != CONFIG_REGION:
+            continue
         place = None
         mapped = host.backend.region_map(region.index) if lease.claimed else None
         if mapped is not None:
@@ -65,6 +73,17 @@ def _describe_regions(lease: Lease, host: FunctionHost, fds: list[int]) -> list[
     return regions
 
 
+def control_memory(lease: Lease, stack: ExitStack) -> ControlMemory | None:
+    """A lease's control memory, mapped until the stack is left; None if it has none."""
+    slab = lease.control
+    if slab is None:
+        return None
+    mapping = Mapping.extents(slab.memory.fd, slab.memory.extents)
+    stack.callback(mapping.close)
+    sizes = [size for _, size in slab.memory.extents]
+    return ControlMemory(mapping.array.data, SgList.of(zip(slab.iovas, sizes, strict=True)))
+
+
 def describe_slab(slab: HeldSlab, fds: list[int]) -> wire.SlabInfo:
     fds.append(slab.memory.fd)
     return wire.SlabInfo(
@@ -73,6 +92,20 @@ def describe_slab(slab: HeldSlab, fds: list[int]) -> wire.SlabInfo:
         extents=list(slab.memory.extents),
         iovas=[int(iova) for iova in slab.iovas],
         fd=len(fds) - 1,
+    )
+
+
+def describe_rings(held: MediatedLease, fds: list[int]) -> wire.RingInfo:
+    """What a mediated lease posts through."""
+    seat, limits = held.seat, held.seat.limits
+    at = len(fds)
+    fds += [held.ring_fd, seat.submit, held.heard]
+    return wire.RingInfo(
+        fd=at,
+        submit=at + 1,
+        done=at + 2,
+        card=(limits.card_first, limits.card_end),
+        align=limits.align,
     )
 
 

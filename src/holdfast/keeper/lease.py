@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.dma.slab import SlabMemory
 from holdfast.driver import Grant
@@ -22,6 +22,9 @@ MOST_WHY = 300
 """Characters of a reason in the log: it travels in every answer to ps."""
 FIRST_STEPS, LAST_STEPS = 16, 32
 """How much of a log is kept. What a lease in quarantine goes through for days is not."""
+
+if TYPE_CHECKING:
+    from holdfast.keeper.mediated_lease import MediatedLease
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +114,14 @@ class Lease:
     goodbye: bool = False
     everything: bool = False
     """It stands for whatever may be mapped: nobody knows what that is."""
+    house: bool = False
+    """The keeper's own: it posts for mediated leases."""
     granted: bool = False
     """Its channels were started for it once."""
     recorder: Callable[[Lease, Step], None] | None = None
     """Told of each step, besides the log."""
+    mediated: MediatedLease | None = None
+    """Its rings, if the keeper posts for it."""
     lifeline: int = 0
     """Inode of the client's end of the lease's socket, as the client says."""
     run: str = ""
@@ -169,6 +176,7 @@ class Lease:
             | Mark.GOODBYE * self.goodbye
             | Mark.GRANTED * self.granted
             | Mark.ANNOUNCED * self.announced
+            | Mark.HOUSE * self.house
         )
         return LeaseRecord(
             self.number,
@@ -202,6 +210,7 @@ class Lease:
             grant=Grant(vectors=_bits(record.vectors)),
             maps_registers=Mark.MAPS_REGISTERS in record.marks,
             granted=Mark.GRANTED in record.marks,
+            house=Mark.HOUSE in record.marks,
             stage=record.stage,
             lifeline=record.lifeline,
             noticed_ns=record.noticed_ns,
@@ -231,6 +240,7 @@ class Lease:
             "channels": list(self.channels),
             "bytes": self.nbytes,
             "pins": len(self.pins),
+            "requests": self.mediated.seat.in_flight if self.mediated is not None else 0,
             "lifeline": self.lifeline,
             "run": self.run,
             "withheld": [str(fact) for fact in self.machine.withheld()] if not self.alive else [],

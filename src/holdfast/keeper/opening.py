@@ -11,20 +11,26 @@ import atexit
 import os
 import time
 import weakref
+from collections.abc import Callable
 
-from holdfast.bar import Bar, Config
+from holdfast.bar import Bar, Bell, Config
 from holdfast.device import Device
-from holdfast.driver import ControlMemory, Driver, find
+from holdfast.driver import ControlMemory, Driver, Engine, find
 from holdfast.errors import Busy, KeeperGone, KeeperUnreachable, ProtocolError, UsageError
 from holdfast.interrupt import Interrupt
 from holdfast.keeper import embedded
 from holdfast.keeper.client import LeaseClient, close_all, expect, sg_of, take_bells
 from holdfast.keeper.watch import Watch
+from holdfast.kernel import bells
 from holdfast.kernel.mapping import Mapping
+from holdfast.mediated import MediatedEngine
 from holdfast.uapi import pci_regs
 from holdfast.values import CONFIG_REGION, Access, Area, Region, Target
 from holdfast.wire import lease as wire
+from holdfast.wire.rings import RING_BYTES, ClientEnd
 
+MEDIATED_BELL = -1
+"""Stands for the BAR of the bell that tells the keeper of requests: it is in none."""
 RETRY_PAUSE = 0.005
 SUCCESSION = 2.0
 """Seconds in which the successor of a keeper that ends must have come up."""
@@ -81,8 +87,9 @@ def open(  # noqa: A001
         ``emu:edu``, ``emu:xdma``, ``emu:FILE.py:Class``, ``vfio-user:/path/to.sock``, ...
         A missing keeper (and emulated function) is started for this user and ends when idle.
     access
-        ``"exclusive"`` (the whole function) or ``"shared"`` (some channels of it). None: shared
-        if the function's driver has channels, else exclusive.
+        ``"exclusive"`` (the whole function), ``"shared"`` (some channels of it) or ``"mediated"``
+        (the keeper checks and posts each request). None: mediated if there are leases of another
+        user and the driver can, else shared if the driver has channels, else exclusive.
     timeout
         seconds to wait while others hold what is asked for; None: do not wait.
     channels
@@ -162,11 +169,16 @@ def _build(
         unmask = client.unmask if vector.level else None
         irqs[vector.vector] = Interrupt(vector.vector, fds[vector.fd], client, unmask)
         taken.add(vector.fd)
-    bells = take_bells(opened.bells, fds)
+    doorbells = take_bells(opened.bells, fds)
     taken.update(bell.fd for bell in opened.bells)
+    engine = None
+    if opened.rings is not None:
+        engine, bell, done = _rings(opened.rings, fds, client)
+        doorbells, irqs = [(MEDIATED_BELL, bell)], {0: done}
+        taken.update((opened.rings.submit, opened.rings.done))
     control = _map_control(opened.control, fds) if opened.control else None
     driver: type[Driver] = Driver
-    if opened.channels or opened.access is Access.EXCLUSIVE:
+    if opened.channels or opened.access is not Access.SHARED:
         driver = find(
             target, config.load(pci_regs.VENDOR_ID, 2), config.load(pci_regs.DEVICE_ID, 2)
         )
@@ -177,8 +189,9 @@ def _build(
         bars=bars,
         config=config,
         irqs=irqs,
-        bells=bells,
+        bells=doorbells,
         control=control,
+        engine=engine,
     )
     if opened.watch:
         device.watch = Watch(device, client)
@@ -212,6 +225,17 @@ def _map_areas(info: wire.RegionInfo, region: Region, fds: list[int]) -> list[tu
         )
         for area in region.areas
     ]
+
+
+def _rings(
+    info: wire.RingInfo, fds: list[int], client: LeaseClient
+) -> tuple[Callable[[Device], Engine], Bell, Interrupt]:
+    """The client half of a mediated lease, and its bells, which the device comes to own."""
+    mapping = Mapping(fds[info.fd], RING_BYTES, dont_fork=True)
+    bell = Bell(0, None, fds[info.submit])
+    done = Interrupt(0, fds[info.done], client, drain=bells.drain)
+    end = ClientEnd(mapping.array.data)
+    return lambda device: MediatedEngine(device, end, bell, done, info.card), bell, done
 
 
 def _map_control(info: wire.SlabInfo, fds: list[int]) -> ControlMemory:

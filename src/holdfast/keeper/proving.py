@@ -40,6 +40,10 @@ class Announcer(Protocol):
         """How far a lease is whose memory is back has changed."""
         ...
 
+    async def restored(self) -> None:
+        """The function is usable again: what the keeper itself posts may go on."""
+        ...
+
     def at_work(self, *, but: Lease) -> list[int]:
         """Other leases that would lose what they have in flight by a function-level step."""
         ...
@@ -66,6 +70,8 @@ class Proving:
     async def in_flight(self) -> int:
         """What the driver says is in flight; raises if it cannot tell."""
         driver, channels = self.host.driver, self.lease.channels
+        if self.lease.mediated is not None:
+            return await self.lease.mediated.in_flight()
         if not self.lease.claimed:
             return 0  # a lease of memory only cannot post
         return await self.drive(lambda: asking.in_flight(driver, channels))
@@ -73,6 +79,8 @@ class Proving:
     async def stop(self) -> bool:
         """Stop the engine for this lease; True if that was acknowledged."""
         driver, channels, facts = self.host.driver, self.lease.channels, self.host.facts
+        if self.lease.mediated is not None:
+            return await self.lease.mediated.stop(self.deadlines.stop)
         if not self.lease.claimed:
             self.lease.machine.observe(Fact.CANNOT_POST)  # it was given no channel and no register
             return True

@@ -98,6 +98,9 @@ class Quiesce:
         first = FIRST_MEASURE[self.lease.machine.policy]
         try:
             await self.desk.unpin_relayed(self.lease)
+            if self.lease.mediated is not None:
+                await self.lease.mediated.freeze()
+                self.lease.machine.observe(Fact.CANNOT_POST)  # its ring is read no more
             self.lease.in_flight_at_death = await self.proving.in_flight()
         except HoldfastError as error:
             return first, f"in flight unknown: {error.what}"
@@ -106,9 +109,11 @@ class Quiesce:
     async def _draining(self) -> Found:
         """Let it finish what was posted."""
         driver, channels = self.host.driver, self.lease.channels
+        mediated = self.lease.mediated is not None
         try:
             async with asyncio.timeout(self.deadlines.drain):
-                await self.proving.drive(lambda: asking.drain(driver, channels))
+                if not mediated:
+                    await self.proving.drive(lambda: asking.drain(driver, channels))
                 await self.proving.wait_idle()
         except TimeoutError:
             return Event.DEADLINE, "did not finish in time"

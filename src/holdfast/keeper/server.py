@@ -47,6 +47,7 @@ from holdfast.keeper.gate import GREETING, Gate
 from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.listing import page
+from holdfast.keeper.mediation import Mediation
 from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.proving import Proving
 from holdfast.keeper.quiesce import Quiesce
@@ -84,6 +85,8 @@ class Settings:
     idle: float | None = None
     """End after this long without a client; None: stay."""
     deadlines: Deadlines = field(default_factory=Deadlines)
+    card_windows: int = 1
+    """Into how many parts the card's memory is cut, one for each mediated lease; 1: not at all."""
 
 
 class Keeper:
@@ -119,6 +122,7 @@ class Keeper:
         self._request_fd: int | None = None
         self._leaving = False
         self._one_less = asyncio.Event()
+        self.mediation = Mediation(self)
         self.watch()
         if inherited.contents is not None:
             adopt_leases(self, inherited.contents)
@@ -227,6 +231,7 @@ class Keeper:
                     if self.leases[number].machine.state is not State.QUARANTINE
                 ]:
                     await asyncio.wait(tasks, timeout=WIND_UP_POLL)
+        self.mediation.close()
         for task in [*self._deaths.values(), *self.host.tasks]:
             task.cancel()
         self.unwatch()
@@ -453,12 +458,17 @@ class Keeper:
             return
         self.history.append(lease.describe())
         self._deaths.pop(lease.number, None)
+        self.mediation.leave(lease)
         self.leases.pop(lease.number, None)
         self._one_less.set()
         self.settled(lease)
         self._loop.remove_reader(lease.peer.pidfd)
         self.continuity.scope.drop(f"lease/{lease.number}/pidfd")
         os.close(lease.peer.pidfd)
+
+    async def restored(self) -> None:
+        """The function is usable again: the requests of mediated leases were cut off as well."""
+        await self.mediation.restart()
 
     def settled(self, lease: Lease) -> None:
         """Write down how far a lease is whose memory is back; nothing, if nothing is left of it."""
@@ -543,6 +553,7 @@ class Keeper:
             "more": more,
             "opening": sum(bool(run) and lease.run == run for lease in self.greeted.values()),
             "free_channels": sorted(self.host.free_channels),
+            "mediator": self.mediation.describe(),
             "quarantined_bytes": self.quarantined(),
             "unaccounted_bytes": self.unaccounted(),
         }

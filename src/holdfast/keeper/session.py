@@ -155,19 +155,12 @@ class Session:
                 hint="wait (timeout=...), see holdfast ps",
             )
         default = Access.SHARED if host.facts.channels else Access.EXCLUSIVE
+        if request.access is None and request.channels is None:
+            default = Access.MEDIATED if self.keeper.mediation.preferred(lease) else default
         lease.access = request.access or default
         # One at a time from the proof that nobody else holds it to the lease that does.
         async with self.keeper.unit.lock:
-            if lease.access is Access.EXCLUSIVE or request.channels != 0:
-                await self.keeper.unit.hand_over(self.keeper, lease.peer.uid)
-            lease.channels = host.claim(lease.access, request.channels)
-            lease.claimed = lease.access is Access.EXCLUSIVE or bool(lease.channels)
-            try:
-                await host.call(self.keeper.anchor_client, lease, self)
-                self.keeper.admit(lease, self)
-            except BaseException:
-                host.unclaim(lease.access, lease.channels)
-                raise
+            await self._claim(request)
         # From here on the lease exists: if anything below fails, it ends like any other.
         self._opened = True
         lease.note("opened")
@@ -194,6 +187,29 @@ class Session:
                 self._send_opened(seq, bells)
             finally:
                 close_bells(bells)
+
+    async def _claim(self, request: wire.Open) -> None:
+        """Take what the lease is for, and let the lease begin; or raise with nothing taken."""
+        lease, host = self.lease, self.host
+        if lease.access is Access.MEDIATED:
+            if request.channels:
+                raise UsageError("a mediated lease has no channels", operation="open",
+                                 target=str(host.target))  # fmt: skip
+            await self.keeper.mediation.begin(lease)
+        else:
+            if lease.access is Access.EXCLUSIVE or request.channels != 0:
+                await self.keeper.unit.hand_over(self.keeper, lease.peer.uid)
+            lease.channels = host.claim(lease.access, request.channels)
+            lease.claimed = lease.access is Access.EXCLUSIVE or bool(lease.channels)
+        try:
+            await host.call(self.keeper.anchor_client, lease, self)
+            self.keeper.admit(lease, self)
+        except BaseException:
+            if lease.mediated is not None:
+                self.keeper.mediation.leave(lease)
+            else:
+                host.unclaim(lease.access, lease.channels)
+            raise
 
     async def _grant(self) -> Bells:
         """Make the lease's channels ready: idle, with rings of their own and fresh doorbells."""
@@ -298,6 +314,8 @@ class Session:
         if slab is None:
             self.keeper.require_room("alloc")
             slab = await self.desk.take_slab(self.lease, request.nbytes, seq=request.seq)
+        if self.lease.mediated is not None:
+            await self.lease.mediated.refresh()
         fds: list[int] = []
         info = describe_slab(slab, fds)
         self.connection.send(wire.SlabTaken(seq=request.seq, info=info), fds)
@@ -327,10 +345,13 @@ class Session:
                 target=str(self.host.target),
                 hint="wait for them; the slab goes with the lease at the latest",
             )
+        if self.lease.mediated is not None:
+            await self.lease.mediated.withdraw(request.slab)
         await self.desk.give_slab(self.lease, request.slab)
         self.connection.send(wire.Done(seq=request.seq))
 
     async def _pin(self, request: wire.Pin, fds: list[int]) -> None:
+        self._require_direct("pin", "copy through a buffer: the client half of the lease does")
         if fds:
             await self.desk.accept_own_memory(self.lease, fds.pop(0))
         address, nbytes = request.address, request.nbytes
@@ -366,6 +387,11 @@ class Session:
         if not self._first or request.pin in self.lease.pins:
             await self.desk.unpin(self.lease, request.pin)
         self.connection.send(wire.Done(seq=request.seq))
+
+    def _require_direct(self, operation: str, hint: str) -> None:
+        if self.lease.mediated is not None:
+            raise NotSupported("a mediated lease only posts requests", operation=operation,
+                               target=str(self.host.target), hint=hint)  # fmt: skip
 
     # -- registers ------------------------------------------------------------
 
@@ -406,8 +432,9 @@ class Session:
 
     def _check_region(self, index: int, offset: int, count: int) -> None:
         regions = self.host.backend.regions
-        if not self.lease.claimed:
-            raise NotSupported("a lease of memory only has no registers", operation="access")
+        identity = self.lease.mediated is not None and index == CONFIG_REGION
+        if not self.lease.claimed and not identity:
+            raise NotSupported("a lease without channels has no registers", operation="access")
         if index >= len(regions) or offset + count > regions[index].size:
             raise BadAccess(
                 f"{count} bytes at {offset:#x} of region {index}",
@@ -416,6 +443,7 @@ class Session:
             )
 
     async def _command(self, request: wire.Command, _: list[int]) -> None:
+        self._require_direct("command", "commands act on channels of one's own")
         self.host.require_driver("command")
         channels = self.lease.channels
 
@@ -440,7 +468,7 @@ class Session:
     async def _reset(self, request: wire.Reset, _: list[int]) -> None:
         host = self.host
         if not self.lease.claimed:
-            raise NotSupported("a lease of memory only cannot reset", operation="reset")
+            raise NotSupported("a lease without channels cannot reset", operation="reset")
         async with host.starting:
             if not host.usable.is_set():
                 # Setting the function up again would turn bus mastering on under a dead lease

@@ -47,6 +47,7 @@ from holdfast.keeper.map_state import REACHABLE, MapState
 from holdfast.keeper.memory import page_span
 from holdfast.keeper.process_memory import OwnMemory, ProcessMemory
 from holdfast.keeper.standby import Orders
+from holdfast.kernel import events
 from holdfast.values import Access, Iova, IrqIndex, LeaseId, Perm, Target
 
 RESUME_DEADLINE = 5.0
@@ -193,10 +194,20 @@ def _host(
         child=process,
         safe=orders.safe,
     )
+    if host.irq_index is not None and _carries_interrupts(scope):
+        backend.set_irqs(host.irq_index, 0, host.irq_fds)
+        for fd in host.irq_fds:
+            events.ring(fd, 1)  # one may have been lost meanwhile
     if not host.is_master():
         host.usable.clear()
         host.was_reset = True  # perhaps
     return host
+
+
+def _carries_interrupts(scope: Scope) -> bool:
+    """Whether interrupts came through the predecessor itself (no IOMMU), and so come no more."""
+    found = scope.find("backend")
+    return found is not None and found[1]["notes"].get("backend") == "uio"
 
 
 def _irqs(scope: Scope) -> Iterator[int]:

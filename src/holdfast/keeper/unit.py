@@ -56,8 +56,9 @@ class Unit:
         for keeper in self.keepers:
             keeper.stop()
 
-    async def hand_over(self, to: Keeper, uid: int) -> None:
-        """See to it that nobody but user ``uid`` can reach the registers of any function here.
+    async def hand_over(self, to: Keeper, uid: int | None) -> None:
+        """See to it that nobody but user ``uid`` (None: nobody at all) can reach the registers of
+        any function here.
 
         Under :attr:`lock`, until the lease exists for which it is done. Raises Busy while it cannot
         be proven; the functions are closed then, and tried again with the next lease.

@@ -231,6 +231,19 @@ class SlabInfo(msgspec.Struct, frozen=True, kw_only=True):
     fd: int
 
 
+class RingInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How a mediated lease posts: positions of its rings (:mod:`holdfast.wire.rings`), of the
+    eventfd that it rings, and of the pipe's end that becomes readable when requests have ended; and
+    what requests must keep to."""
+
+    fd: int
+    submit: int
+    done: int
+    card: tuple[U63, U63]
+    """First card address, and the one behind the last."""
+    align: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+
 class Opened(Message, frozen=True):
     lease: U63
     access: Access
@@ -243,6 +256,8 @@ class Opened(Message, frozen=True):
     quota: U63
     watch: bool = False
     """The system may want the function back: be ready to let go at any time."""
+    rings: RingInfo | None = None
+    """Mediated access only."""
 
 
 class SlabTaken(Message, frozen=True):

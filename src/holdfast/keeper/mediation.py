@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mediated leases: what the keeper's loop does for them around the mediator's thread.
+
+Facts. Clients that do not trust each other share channels that none of them may touch. When one of
+them dies, its requests are among those of the others, in the same hardware queue; there is no
+command that takes single ones out.
+
+Choice. The keeper itself holds the function, by a lease like any other (the *house* lease, whose
+process is the keeper): it begins with the first mediated lease and ends with the last, through the
+same death protocol. A mediated lease has no channel, no register and no doorbell, only memory and
+a pair of rings. The death protocol asks here instead of the driver:
+
+* *nothing can be posted any more* holds as soon as the ring is not read any more;
+* *in flight* is what the mediator has accepted and not seen finished: its own table, not the
+  client's word;
+* *stop* stops the channels, and when the function has acknowledged it starts them anew with what
+  the others had in flight. They notice a pause. This is also what confirms that what was reported
+  finished has landed, unless the engine happens to be at rest.
+
+Cost. A death under load costs the others one stop and start, a few milliseconds. While a mediated
+lease exists the function has no other kind of lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from holdfast.contracts import Doorbell
+from holdfast.errors import Busy, Closed, HoldfastError, NotSupported, StaysStuck
+from holdfast.keeper.describe import close_bells, control_memory
+from holdfast.keeper.lease import Lease
+from holdfast.keeper.mediated_lease import MediatedLease
+from holdfast.keeper.mediation_parts import Seat
+from holdfast.keeper.mediation_state import MediatorState
+from holdfast.keeper.mediator import Mediator
+from holdfast.kernel import bells, events, memfd, pidfd
+from holdfast.kernel.mapping import Mapping as FileMapping
+from holdfast.poster import Poster
+from holdfast.values import Access, Policy
+from holdfast.wire.rings import RING_BYTES, BufferTable, KeeperEnd, Limits
+
+if TYPE_CHECKING:
+    from holdfast.keeper.server import Keeper
+
+T = TypeVar("T")
+
+STATE: Final = "mediator"
+"""What the anchor holds the mediator's own file under."""
+DEADLINE: Final = 5.0
+"""Seconds for a call of the mediator's thread or of the driver."""
+RETRY: Final = 1.0
+"""Seconds between two attempts to start a channel that failed."""
+
+
+class Mediation:
+    """Everything mediated of one function. Loop only."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+        self.host = keeper.host
+        self._moved_out = asyncio.Event()
+        self._coming = 0
+        """Leases that are about to get their rings: the keeper does not move out before them."""
+        self.leases: dict[int, MediatedLease] = {}
+        self.house: Lease | None = None
+        self.mediator: Mediator | None = None
+        self._state: MediatorState | None = None
+        self._poster: Poster | None = None
+        self._bells: list[tuple[int, Doorbell]] = []
+        self._restarting = asyncio.Lock()
+        self._recovering = False
+        self._loop = asyncio.get_running_loop()
+
+    # -- leases ------------------------------------------------------------
+
+    def preferred(self, lease: Lease) -> bool:
+        """Whether a client that does not say gets a mediated lease: there are several users."""
+        if not self.host.driver.mediates:
+            return False
+        others = (other for other in self.keeper.leases.values() if other is not self.house)
+        return bool(self.leases) or any(other.peer.uid != lease.peer.uid for other in others)
+
+    async def begin(self, lease: Lease) -> None:
+        """Give a new lease its rings. Under the unit's lock; the keeper admits it next.
+
+        Raises NotSupported if the driver cannot mediate, Busy if others use the function directly
+        or every window of the card is taken. On error nothing is left.
+        """
+        driver = self.host.driver
+        if not driver.mediates:
+            raise NotSupported(
+                f"driver {driver.name} cannot post for clients",
+                operation="open mediated",
+                target=str(self.host.target),
+                hint="open it with access='shared' or 'exclusive'",
+            )
+        self._coming += 1
+        try:
+            await self._begin(lease)
+        finally:
+            self._coming -= 1
+            self._move_out_if_empty()
+
+    async def _begin(self, lease: Lease) -> None:
+        # Whoever had registers mapped until now must have nothing left of them.
+        await self.keeper.unit.hand_over(self.keeper, None)
+        if self.house is not None and not self.house.alive:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DEADLINE):
+                    await self._moved_out.wait()
+        if self.house is None or self.mediator is None:
+            await self._move_in()
+        await self._seat(lease)
+
+    async def _seat(self, lease: Lease) -> None:
+        assert self._state is not None
+        assert self._poster is not None
+        window, limits = self._window(self._poster)
+        number = self._state.take_seat(int(lease.number))
+        with ExitStack() as undo:
+            undo.callback(self._state.free_seat, number)
+            ring_fd = memfd.create("holdfast-rings", RING_BYTES)
+            undo.callback(os.close, ring_fd)
+            submit = events.make()
+            undo.callback(events.close, submit)
+            heard, done = bells.make()
+            undo.callback(os.close, heard)
+            undo.callback(os.close, done)
+            mapping = FileMapping(ring_fd, RING_BYTES, dont_fork=True)
+            end = KeeperEnd(mapping.array.data)
+            seat = Seat(number, end, submit, done, limits, self.keeper.settings.requests)
+            held = MediatedLease(self, lease, seat, ring_fd, mapping, heard, window)
+            fds, note = held.descriptors(), held.note()
+            await self.host.call(
+                self.host.holder.put, held.name, list(fds.values()), {**note, "names": list(fds)}
+            )
+            undo.callback(self.host.holder.drop, held.name)
+            await self.ask(lambda m: m.admit(seat))
+            undo.pop_all()
+        self.leases[int(lease.number)] = held
+        lease.mediated = held
+
+    def _window(self, poster: Poster) -> tuple[int | None, Limits]:
+        """A part of the card's memory that no other lease has."""
+        windows = self.keeper.settings.card_windows
+        if windows == 1:
+            return None, Limits(0, poster.card_bytes, poster.align)
+        taken = {held.window for held in self.leases.values()}
+        free = [window for window in range(windows) if window not in taken]
+        size = poster.card_bytes // windows // poster.align * poster.align
+        if not free or not size:
+            raise Busy(
+                f"the {windows} parts of the card's memory are taken",
+                operation="open mediated",
+                target=str(self.host.target),
+                hint="wait (timeout=...), or serve with fewer --card-windows",
+            )
+        return free[0], Limits(free[0] * size, (free[0] + 1) * size, poster.align)
+
+    def leave(self, lease: Lease) -> None:
+        """A mediated lease is released (or was never admitted): its rings go."""
+        if lease is self.house:
+            self.house = None
+            self._moved_out.set()
+        held = self.leases.pop(int(lease.number), None)
+        if held is None:
+            return
+        self.host.keep(self._forget(held))
+
+    async def _forget(self, held: MediatedLease) -> None:
+        with contextlib.suppress(Closed, StaysStuck):
+            await self.ask(lambda m: m.leave(held.seat))
+        self.host.holder.drop(held.name)
+        for fd in (held.ring_fd, held.seat.submit, held.seat.done, held.heard):
+            os.close(fd)
+        held.mapping.close()
+        self._move_out_if_empty()
+
+    def table_of(self, lease: Lease, but: int | None = None) -> BufferTable:
+        """The slabs that a lease's requests may name."""
+        return BufferTable(
+            (
+                slab.number,
+                [
+                    (int(iova), size)
+                    for iova, (_, size) in zip(slab.iovas, slab.memory.extents, strict=True)
+                ],
+                True,
+            )
+            for slab in lease.slabs.values()
+            if slab.number != but
+        )
+
+    def describe(self) -> dict[str, Any] | None:
+        """What ``ps`` tells of the mediator, if there is one: work done, processor seconds used by
+        its thread and by the whole keeper."""
+        mediator = self.mediator
+        if mediator is None:
+            return None
+        return {
+            "requests": mediator.requests,
+            "batches": mediator.batches,
+            "cpu_s": mediator.cpu_seconds(),
+            "keeper_cpu_s": time.process_time(),
+        }
+
+    # -- the house lease ------------------------------------------------------------
+
+    async def _move_in(self) -> None:
+        """Take the function for the keeper itself, and start a channel for everybody."""
+        self.house = house = self._lease_the_function()
+        try:
+            need = self.host.driver.control_bytes
+            if need:
+                await self.keeper.desk.take_slab(house, need, control=True)
+            self._state = MediatorState.create()
+            await self.host.call(self.host.holder.put, STATE, [self._state.fd])
+            self.mediator = Mediator(self._state, self._trouble)
+            await self._start()
+        except BaseException:
+            self._move_out()
+            raise
+
+    def _move_out_if_empty(self) -> None:
+        """After the last mediated lease: the function can be leased otherwise again."""
+        if not self.leases and not self._coming:
+            self._move_out()
+
+    def _move_out(self) -> None:
+        house = self.house
+        if house is None or not house.alive:
+            return
+        self._end_thread()
+        house.signal(hung_up=True, goodbye=True)
+        self._moved_out.clear()
+        self.keeper.end(house, "no mediated lease is left")
+
+    def _lease_the_function(self) -> Lease:
+        """The whole function for nobody but the keeper. Raises Busy if others have any of it."""
+        channels = self.host.claim(Access.EXCLUSIVE, None)
+        peer = pidfd.Peer(os.getpid(), os.getuid(), os.getgid(), pidfd.open_self())
+        lease = self.keeper.new_lease(peer)
+        lease.claimed = lease.house = True
+        lease.machine.policy = Policy.DRAIN
+        lease.access, lease.channels = Access.EXCLUSIVE, channels
+        lease.note("the keeper posts for mediated leases")
+        self.keeper.journal.lease(lease.record())
+        self.keeper.leases[lease.number] = lease
+        return lease
+
+    def _end_thread(self) -> None:
+        mediator, self.mediator = self.mediator, None
+        if mediator is not None:
+            mediator.close()  # it never blocks, so neither does this
+        if self._state is not None:
+            self.host.holder.drop(STATE)
+            self._state.close()
+            self._state = None
+        self._poster = None
+        close_bells(self._bells)
+        self._bells = []
+
+    def close(self) -> None:
+        """The keeper ends: nothing is posted any more. Idempotent."""
+        self._end_thread()
+
+    # -- succession ------------------------------------------------------------
+
+    def descriptors(self) -> dict[str, int]:
+        """What a successor of this keeper needs besides that of its leases; they stay ours."""
+        return {STATE: self._state.fd} if self._state is not None else {}
+
+    async def resume(
+        self,
+        house: Lease,
+        leases: Mapping[int, Lease],
+        fds: Mapping[str, int],
+        notes: Mapping[int, Mapping[str, Any]],
+    ) -> None:
+        """Go on where a keeper that was killed stopped. Takes ownership of ``fds``.
+
+        ``house`` is the lease that held the function for it, with its control memory; ``leases``
+        the mediated ones by number, with their slabs; ``fds`` everything that
+        :meth:`descriptors` and :meth:`.MediatedLease.descriptors` named; ``notes`` what
+        :meth:`.MediatedLease.note` said of each. The channels are brought to rest, and what was
+        accepted and not told finished is posted again. If they do not come to rest, nothing is
+        posted, and it is tried again until they do or the death protocol has dealt with them.
+        """
+        self.house = house
+        self._state = MediatorState(fds[STATE])
+        self.mediator = Mediator(self._state, self._trouble)
+        for number, lease in leases.items():
+            await self._seat_again(lease, fds, notes[number])
+        await self.ask(Mediator.reinstate)
+        with contextlib.suppress(HoldfastError):  # it is tried again
+            await self.restart()
+
+    async def _seat_again(
+        self, lease: Lease, fds: Mapping[str, int], note: Mapping[str, Any]
+    ) -> None:
+        assert self._state is not None
+        number = int(lease.number)
+        row = self._state.find_seat(number)
+        row = self._state.take_seat(number) if row is None else row
+        ring_fd = fds[f"rings.{number}"]
+        mapping = FileMapping(ring_fd, RING_BYTES, dont_fork=True)
+        seat = Seat(
+            row,
+            KeeperEnd(mapping.array.data, *self._state.counts(row)),
+            fds[f"submit.{number}"],
+            fds[f"done.{number}"],
+            Limits(*note["limits"]),
+            self.keeper.settings.requests,
+            self.table_of(lease),
+            frozen=not lease.alive,
+        )
+        heard = fds[f"heard.{number}"]
+        held = MediatedLease(self, lease, seat, ring_fd, mapping, heard, note["window"])
+        self.leases[number] = held
+        lease.mediated = held
+        await self.ask(lambda m: m.admit(seat))
+
+    # -- the engine ------------------------------------------------------------
+
+    async def ask(self, function: Callable[[Mediator], T]) -> T:
+        """Have the mediator's thread call something; StaysStuck if it does not in time."""
+        mediator = self.mediator
+        if mediator is None:
+            raise Closed("nothing is mediated", operation="mediate", target=str(self.host.target))
+        try:
+            async with asyncio.timeout(DEADLINE):
+                return await asyncio.wrap_future(mediator.call(lambda: function(mediator)))
+        except TimeoutError:
+            raise StaysStuck(
+                f"no answer within {DEADLINE:g} s", operation="mediate", target="mediator"
+            ) from None
+        except CancelledError as error:
+            raise Closed("the mediator has ended", operation="mediate") from error
+
+    async def engine_at_rest(self) -> bool:
+        """Whether the driver sees nothing in flight for anybody."""
+        house, driver = self.house, self.host.driver
+        if house is None:
+            return True
+        return not await self.host.drive(DEADLINE, lambda: driver.in_flight(house.channels))
+
+    async def restart(self, deadline: float = DEADLINE) -> bool:
+        """Stop the channels, start them anew, post again what living clients had in flight.
+
+        False if the function did not acknowledge the stop; ``deadline`` seconds bound it. Then
+        nothing is posted until a later attempt succeeds: a channel that was told to stop may be
+        stopped by now.
+        """
+        house, driver = self.house, self.host.driver
+        if house is None:
+            return True
+        async with self._restarting:
+            await self.ask(Mediator.pause)
+            stopped = False
+            try:
+                stopped = await self.host.drive(deadline, lambda: driver.stop(house.channels))
+                if stopped:
+                    await self.ask(Mediator.detach)
+                    await self._start()
+            except BaseException:
+                stopped = False
+                raise
+            finally:
+                if not stopped:
+                    self._in_trouble("the engine did not acknowledge a stop")
+            return stopped
+
+    async def _start(self) -> None:
+        """Grant the stopped channels anew and hand them to the mediator."""
+        host, driver, house = self.host, self.host.driver, self.house
+        assert house is not None
+        with ExitStack() as stack:
+            control = control_memory(house, stack)
+            house.grant = await host.drive(
+                DEADLINE, lambda: driver.grant(house.channels[:1], control)
+            )
+            fresh = await host.call(host.bells_for, house.grant.bells)
+            try:
+                poster = await host.drive(
+                    DEADLINE,
+                    lambda: driver.poster(house.channels[:1], control, _ringer(fresh)),
+                )
+                vectors = [
+                    -1 if lane.vector is None else host.irq_fds[lane.vector]
+                    for lane in poster.lanes
+                ]
+                await self.ask(lambda m: m.install(poster, vectors))
+            except BaseException:
+                close_bells(fresh)
+                raise
+        old, self._bells = self._bells, fresh
+        close_bells(old)
+        self._poster = poster
+
+    def _trouble(self, why: str) -> None:
+        """Called from the mediator's thread: it has paused."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._in_trouble, why)
+
+    def _in_trouble(self, why: str) -> None:
+        if not self._recovering and self.mediator is not None:
+            self._recovering = True
+            self.host.keep(self._recover(why))
+
+    async def _recover(self, why: str) -> None:
+        """Start the channels anew, as soon as the function can be used."""
+        try:
+            while (house := self.house) is not None and self.mediator is not None:
+                house.note(why)
+                await self.host.usable.wait()
+                with contextlib.suppress(HoldfastError):
+                    if await self.restart():
+                        return
+                await asyncio.sleep(RETRY)
+        finally:
+            self._recovering = False
+
+
+def _ringer(
+    doorbells: list[tuple[int, Doorbell]],
+) -> Callable[[int, int], Callable[[int], None] | None]:
+    """Finds a doorbell's bell by BAR and offset."""
+    found = {(bar, bell.info.offset): bell.fd for bar, bell in doorbells}
+
+    def bell(bar: int, offset: int) -> Callable[[int], None] | None:
+        fd = found.get((bar, offset))
+        return None if fd is None else lambda count: events.ring(fd, count)
+
+    return bell
