@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from holdfast.bench import death, opening, posting, registers, traffic
+from holdfast.bench import death, opening, posting, registers, scale, silence, traffic
 from holdfast.bench.plan import FULL, QUICK, Run
 from holdfast.bench.result import Result
 
@@ -22,16 +22,22 @@ BENCHES: dict[str, Bench] = {
     "register_mapped": registers.register_mapped,
     "open_cold": opening.open_cold,
     "open_warm": opening.open_warm,
+    "keeper_messages": silence.keeper_messages,
     "kills": death.kills,
+    "scale": scale.scale,
 }
-"""Name to bench. ``kills`` yields several figures, all others the one of their name."""
+"""Name to bench. ``kills`` and ``scale`` yield several figures, others the one of their name."""
 
 FIGURES: dict[str, str] = {
-    **{name: name for name in BENCHES if name != "kills"},
+    **{name: name for name in BENCHES if name not in ("kills", "scale")},
     "kill_to_detected": "kills",
     "kill_to_quiet": "kills",
     "quiet_to_released": "kills",
     "quiet_to_released_arena": "kills",
+    "release_among_leases": "scale",
+    "release_among_leases_running": "scale",
+    "release_all_leases": "scale",
+    "keeper_memory": "scale",
 }
 """Figure to the bench that yields it."""
 

@@ -22,25 +22,47 @@ BACKLOG_LIMIT = 64
 """Most packets that wait for a client that does not read."""
 
 
+class Traffic:
+    """How many packets a keeper took from its clients: what it was asked, in plain numbers."""
+
+    __slots__ = ("packets",)
+
+    def __init__(self) -> None:
+        self.packets = 0
+
+
 class Connection:
     """Packets to and from one client. Loop only. Owns the socket; closing is idempotent."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    __slots__ = (
+        "_backlog",
+        "_closed",
+        "_fd",
+        "_loop",
+        "_traffic",
+        "_waiter",
+        "_watched",
+        "sock",
+    )
+
+    def __init__(self, sock: socket.socket, traffic: Traffic) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self._traffic = traffic
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._watched = False
-        self._backlog: deque[tuple[bytes, list[int]]] = deque()
+        self._backlog: deque[tuple[bytes, list[int]]] | None = None  # few clients ever need one
         self._closed = False
-        self._ready: asyncio.Future[None] | None = None
 
     async def receive(self) -> tuple[bytes, list[int]]:
         """The next packet and its descriptors, which the caller owns; empty bytes at hang-up."""
         while not self._closed:
             try:
-                return packets.receive(self.sock, wire.MAX_PACKET, wire.MAX_FDS)
+                packet = packets.receive(self.sock, wire.MAX_PACKET, wire.MAX_FDS)
+                self._traffic.packets += 1
+                return packet
             except BlockingIOError:
                 await self._readable()
             except (ConnectionError, ProtocolError):
@@ -73,6 +95,8 @@ class Connection:
         packet = wire.encode(message)
         if not self._backlog and self._try(packet, fds):
             return
+        if self._backlog is None:
+            self._backlog = deque()
         if len(self._backlog) >= BACKLOG_LIMIT:
             self.close()
             return
@@ -105,9 +129,9 @@ class Connection:
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._wake()
-        for _, fds in self._backlog:
+        for _, fds in self._backlog or ():
             _close_all(fds)
-        self._backlog.clear()
+        self._backlog = None
         self.sock.close()
         self._wake()
 

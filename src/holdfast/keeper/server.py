@@ -34,7 +34,7 @@ from holdfast.errors import (
 )
 from holdfast.keeper.adoption import adopt_leases
 from holdfast.keeper.anchor_link import AnchorLink
-from holdfast.keeper.connection import Connection
+from holdfast.keeper.connection import Connection, Traffic
 from holdfast.keeper.continuity import Inherited
 from holdfast.keeper.event_log import EventLog
 from holdfast.keeper.journal import Stage
@@ -89,6 +89,7 @@ class Keeper:
         self.leases: dict[LeaseId, Lease] = {}
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.sessions: dict[LeaseId, Session] = {}
+        self.traffic = Traffic()
         self._connections: set[asyncio.Task[None]] = set()
         self._deaths: dict[LeaseId, asyncio.Task[None]] = {}
         self._stop = asyncio.Event()
@@ -236,7 +237,7 @@ class Keeper:
             task.add_done_callback(self._connections.discard)
 
     async def _attend(self, sock: socket.socket) -> None:
-        connection = Connection(sock)
+        connection = Connection(sock, self.traffic)
         lease: Lease | None = None
         try:
             greeted = await self._greet(connection)
@@ -469,6 +470,7 @@ class Keeper:
             "free_channels": sorted(self.host.free_channels),
             "quarantined_bytes": self.quarantined(),
             "unaccounted_bytes": self.unaccounted(),
+            "packets": self.traffic.packets,
         }
 
     def quarantined(self) -> int:
