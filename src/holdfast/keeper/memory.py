@@ -12,7 +12,7 @@ import errno
 import itertools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -390,7 +390,9 @@ class MemoryDesk:
         mark = self.journal.unmapping(entry)
         steps.reach("keeper.unmapping")
         try:
-            unmapped = await self.host.call(self._unmap_one, entry)
+            (unmapped,) = await self.host.call(self._unmap_now, [entry])
+            if isinstance(unmapped, HoldfastError):
+                raise unmapped
         except BaseException:
             self._failed(entry, mark)
             raise
@@ -401,26 +403,19 @@ class MemoryDesk:
         """Record that what was mapped before is still there; what only may have been, still may."""
         return self.journal.still_mapped(mark) if entry.confirmed or unmapped else mark
 
-    def _unmap_now(self, entries: list[Entry]) -> list[int | HoldfastError]:
+    def _unmap_now(self, entries: Sequence[Entry]) -> list[int | HoldfastError]:
         """Bytes that each unmap took away, or why it failed. Blocking."""
-        outcomes: list[int | HoldfastError] = []
-        for entry in entries:
-            try:
-                outcomes.append(self._unmap_one(entry))
-            except HoldfastError as error:
-                outcomes.append(error)
-        return outcomes
+        asked = [(entry.iova, entry.size) for entry in entries]
+        outcomes = self.host.backend.dma_unmap_many(asked)
+        return [self._judged(*pair) for pair in zip(entries, outcomes, strict=True)]
 
-    def _unmap_one(self, entry: Entry) -> int:
-        try:
-            return self.host.backend.dma_unmap(entry.iova, entry.size)
-        except RemoteError as error:
-            if error.errno != errno.ENOENT:
-                raise
+    def _judged(self, entry: Entry, outcome: int | HoldfastError) -> int | HoldfastError:
+        if isinstance(outcome, RemoteError) and outcome.errno == errno.ENOENT:
             return 0
-        except DeviceGone:
+        if isinstance(outcome, DeviceGone):
             # The mapping ended with the process that held it, but only the reaper can say so.
             return entry.size if self.host.proven_gone() else 0
+        return outcome
 
     def _close(self, entry: Entry, mark: Entry, unmapped: int, *, retire: bool) -> Entry | None:
         """Judge an unmap by what ``entry`` was before it; None, or what is still there."""
