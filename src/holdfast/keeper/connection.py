@@ -59,14 +59,19 @@ class Connection:
     async def receive(self) -> tuple[bytes, list[int]]:
         """The next packet and its descriptors, which the caller owns; empty bytes at hang-up."""
         while not self._closed:
+            packet = None
             try:
                 packet = packets.receive(self.sock, wire.MAX_PACKET, wire.MAX_FDS)
-                self._traffic.packets += 1
-                return packet
             except BlockingIOError:
-                await self._readable()
+                pass
             except (ConnectionError, ProtocolError):
                 break
+            if packet is not None:
+                self._traffic.packets += 1
+                return packet
+            # Out of the handler: an exception that is being handled is kept, with its frames, and
+            # this is where a client's task spends its life.
+            await self._readable()
         return b"", []
 
     async def _readable(self) -> None:
