@@ -33,6 +33,7 @@ from holdfast.errors import HoldfastError, SystemFailure
 from holdfast.keeper.client import expect
 from holdfast.keeper.opening import connect
 from holdfast.kernel.failure import failure
+from holdfast.kernel.limits import allow_open_files
 from holdfast.values import Access, Target
 from holdfast.wire import lease as wire
 
@@ -57,15 +58,13 @@ def require_room(stubs: int) -> None:
     """Raise the limit of open files as far as ``stubs`` leases need it, for this process and all
     that it starts; SystemFailure that says what is missing if the hard limit is too low."""
     need = stubs * DESCRIPTORS_EACH + SPARE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < need:
-        if hard != resource.RLIM_INFINITY and hard < need:
-            raise SystemFailure(
-                f"{stubs} leases need {need} descriptors in one process, the limit is {hard}",
-                operation="bench",
-                hint=f"as root: `prlimit --pid $$ --nofile={need}:{need}` in the shell before",
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+    allowed = allow_open_files(need)
+    if allowed < need:
+        raise SystemFailure(
+            f"{stubs} leases need {need} descriptors in one process, the limit is {allowed}",
+            operation="bench",
+            hint=f"as root: `prlimit --pid $$ --nofile={need}:{need}` in the shell before",
+        )
     processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if os.geteuid() and processes != resource.RLIM_INFINITY and processes < stubs + SPARE:
         raise SystemFailure(

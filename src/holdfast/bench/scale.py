@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A thousand leases on one keeper: what a death costs among them, all at once, and in memory.
 
-Deaths are timed by the keeper's own log (``ps``), against CLOCK_MONOTONIC here. Between a kill and
-its release nothing is asked of the keeper, because an answer would be in the way of what is timed.
+Deaths are timed by the keeper's own log (``ps``), against CLOCK_MONOTONIC here.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from holdfast.bench.crowd import BUFFERS, Crowd, require_room
-from holdfast.bench.death import MS, NBYTES, RELEASED_WITHIN
+from holdfast.bench.death import MS, NBYTES, RELEASED_WITHIN, ended, entered
 from holdfast.bench.plan import Run
 from holdfast.bench.result import Goal, Result, percentile, rounded, times
 from holdfast.errors import HoldfastError
-from holdfast.keeper.client import LeaseClient
 from holdfast.kernel import procfs
 from holdfast.torture import actors
 from holdfast.torture.stack import Stack
@@ -26,9 +24,6 @@ MIB = 1 << 20
 KEEPER_BYTES = 60 * MIB
 BYTES_EACH = 2 << 10
 """What the keeper may take by itself, and for each lease and each buffer."""
-UNDISTURBED = 0.01
-"""Seconds after a kill in which the keeper is not asked: most memory is back by then."""
-POLL = 0.005
 
 
 def scale(run: Run) -> list[Result]:
@@ -80,7 +75,7 @@ def _deaths(stack: Stack, count: int) -> Alone:
                 victim.join(1)
                 (lease,) = victim.leases.values()
                 victim.kill()
-            returned, punched = _returned(_ended(asker, lease))
+            returned, punched = _returned(ended(asker, lease))
             found.holding.append(returned)
             found.punched.append(punched)
         for _ in range(count):
@@ -90,40 +85,16 @@ def _deaths(stack: Stack, count: int) -> Alone:
             finally:
                 client.kill()
                 client.reap()
-            found.running.append(_returned(_ended(asker, lease))[0])
+            found.running.append(_returned(ended(asker, lease))[0])
     finally:
         asker.close()
     return found
 
 
-def _ended(asker: LeaseClient, number: int) -> dict[str, Any]:
-    """What the keeper tells of a lease whose client was killed, once it is released."""
-    time.sleep(UNDISTURBED)
-    deadline = time.monotonic() + RELEASED_WITHIN
-    while True:
-        lease: dict[str, Any] | None = next(
-            (lease for lease in asker.ps(number - 1)["leases"] if lease["lease"] == number), None
-        )
-        if lease is not None and lease["state"] == "released":
-            return lease
-        if time.monotonic() > deadline:
-            state = "forgotten" if lease is None else lease["state"]
-            raise HoldfastError(f"lease {number} is {state}, not released", operation="bench")
-        time.sleep(POLL)
-
-
-def _entered(lease: dict[str, Any], state: str) -> int:
-    """When a lease came into a state first (ns)."""
-    for entered, at, _ in lease["log"]:
-        if entered == state:
-            return int(at)
-    raise HoldfastError(f"lease {lease['lease']} never was {state}", operation="bench")
-
-
 def _returned(lease: dict[str, Any]) -> tuple[int, int]:
     """Nanoseconds from quiet to released without the punch, and of the punch."""
     punched = int(lease["punch_ns"])
-    return _entered(lease, "released") - _entered(lease, "quiet") - punched, punched
+    return entered(lease, "released") - entered(lease, "quiet") - punched, punched
 
 
 def _alone(deaths: dict[int, Alone]) -> list[Result]:
@@ -173,8 +144,8 @@ def _together(stack: Stack, crowd: Crowd) -> Result:
             break
         if time.monotonic() > deadline:
             raise HoldfastError(f"{left} leases are not released", operation="bench")
-    quiet = [_entered(lease, "quiet") for lease in told]
-    released = [_entered(lease, "released") for lease in told]
+    quiet = [entered(lease, "quiet") for lease in told]
+    released = [entered(lease, "released") for lease in told]
     returned = [end - begin for begin, end in zip(quiet, released, strict=True)]
     return Result(
         "release_all_leases",
@@ -187,7 +158,7 @@ def _together(stack: Stack, crowd: Crowd) -> Result:
             "ms": times(returned, MS),
             "leases": len(numbers),
             "kill_to_reaped_ms": rounded((reaped - killed) * MS),
-            "kill_to_frozen_ms": times([_entered(one, "frozen") - killed for one in told], MS),
+            "kill_to_frozen_ms": times([entered(one, "frozen") - killed for one in told], MS),
             "kill_to_quiet_ms": times([at - killed for at in quiet], MS),
             "kill_to_released_ms": times([at - killed for at in released], MS),
             "last_quiet_to_last_released_ms": rounded((max(released) - max(quiet)) * MS),
