@@ -12,6 +12,7 @@ from typing import Any
 from holdfast.dma.slab import SlabMemory
 from holdfast.driver import Grant
 from holdfast.keeper.journal import Entry, LeaseRecord, Mark, Stage
+from holdfast.keeper.sparse_event import SparseEvent
 from holdfast.keeper.state import Fact, Machine, State
 from holdfast.kernel.pidfd import Peer
 from holdfast.values import Access, Iova, LeaseId, Policy
@@ -88,7 +89,7 @@ class Lease:
     """When the first sign of its end was seen (CLOCK_MONOTONIC)."""
     punch_ns: int = 0
     """Time that giving its pages back to the kernel took."""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: SparseEvent = field(default_factory=SparseEvent)
     serving: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a request is answered: the death protocol begins behind it, never beside it."""
     memory_lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -40,6 +40,7 @@ from holdfast.keeper.event_log import EventLog
 from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.memory import MemoryDesk
+from holdfast.keeper.paging import first_after
 from holdfast.keeper.quiesce import Deadlines, Quiesce
 from holdfast.keeper.session import Session
 from holdfast.keeper.state import Machine, State
@@ -452,9 +453,7 @@ class Keeper:
 
     def ps(self, after: int) -> dict[str, Any]:
         """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time."""
-        ended = [told for told in self.history if told["lease"] > after]
-        living = [lease.describe() for lease in self.leases.values() if lease.number > after]
-        every = sorted(ended + living, key=lambda told: int(told["lease"]))
+        every = first_after(after, wire.PS_PAGE + 1, self.history, self.leases)
         return {
             "target": str(self.host.target),
             "keeper": os.getpid(),
