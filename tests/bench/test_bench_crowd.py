@@ -121,6 +121,9 @@ def test_the_kernel_says_what_a_process_has_resident_and_how_often_it_ran() -> N
     os.close(reading)
     os.close(writing)
     assert procfs.context_switches(os.getpid()) > before
+    assert procfs.waited_for_processor(os.getpid()) >= 0
+    with pytest.raises(SystemFailure):
+        procfs.waited_for_processor(pid)
     with pytest.raises(SystemFailure):
         procfs.resident(pid)
     with pytest.raises(SystemFailure):

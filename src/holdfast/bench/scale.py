@@ -63,12 +63,16 @@ class Alone:
         self.holding: list[int] = []
         self.running: list[int] = []
         self.punched: list[int] = []
+        self.waited = 0.0
+        """How long the keeper was ready to run and did not, for each death (ns)."""
 
 
 def _deaths(stack: Stack, count: int) -> Alone:
     """Kill ``count`` clients that only hold memory, and as many with transfers running."""
     found = Alone()
     asker = stack.ask()
+    keeper = asker.ps()["keeper"]
+    waited = procfs.waited_for_processor(keeper)
     try:
         for _ in range(count):
             with Crowd(stack.target) as victim:
@@ -86,6 +90,7 @@ def _deaths(stack: Stack, count: int) -> Alone:
                 client.kill()
                 client.reap()
             found.running.append(_returned(ended(asker, lease))[0])
+        found.waited = (procfs.waited_for_processor(keeper) - waited) / (2 * count)
     finally:
         asker.close()
     return found
@@ -121,6 +126,7 @@ def _alone(deaths: dict[int, Alone]) -> list[Result]:
                         str(others): times(kind(alone), MS) for others, alone in deaths.items()
                     },
                     "punch_ms": times(deaths[most].punched, MS),
+                    "keeper_waited_ms_per_death": rounded(deaths[most].waited * MS),
                 },
             )
         )

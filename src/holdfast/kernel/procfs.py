@@ -182,6 +182,22 @@ def context_switches(pid: int) -> int:
     return total
 
 
+def waited_for_processor(pid: int) -> int:
+    """Nanoseconds that threads of a process were ready to run and did not, because others did.
+
+    The second field of schedstat (Documentation/scheduler/sched-stats.rst); 0 on a kernel without
+    it (CONFIG_SCHED_INFO). Raises SystemFailure for a process that is gone.
+    """
+    total = 0
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            path = Path(f"/proc/{pid}/task/{task}/schedstat")
+            total += int(path.read_text(encoding="ascii").split()[1]) if path.exists() else 0
+    except OSError as error:
+        raise failure(error, "read scheduling", f"process {pid}") from error
+    return total
+
+
 def mapped_shared() -> int:
     """Shared memory mapped by the processes that this user may look at, in bytes.
 
