@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 
+from holdfast.backends.unmapping import Outcome, one_by_one
 from holdfast.contracts import FunctionBackend
 from holdfast.dma.iova import IovaSpace
 from holdfast.dma.ledger import Ledger
@@ -86,6 +87,9 @@ class FakeFunction:
         if self.unmap_short:
             return size - 4096
         return self.mapped.pop(iova, 0)
+
+    def dma_unmap_many(self, ranges: Sequence[tuple[Iova, int]]) -> list[Outcome]:
+        return one_by_one(self.dma_unmap, ranges)
 
     def reset(self) -> None:
         if self.reset_error is not None:

@@ -14,6 +14,7 @@ from typing import cast
 
 import pytest
 
+from holdfast.backends.unmapping import Outcome, one_by_one
 from holdfast.contracts import FunctionBackend
 from holdfast.dma.iova import IovaSpace
 from holdfast.dma.ledger import Ledger
@@ -57,6 +58,9 @@ class FakeKernel:
 
     def dma_unmap(self, iova: Iova, size: int) -> int:
         return 0 if self.forgets else self.mapped.pop(int(iova), 0)
+
+    def dma_unmap_many(self, ranges: Sequence[tuple[Iova, int]]) -> list[Outcome]:
+        return one_by_one(self.dma_unmap, ranges)
 
     def close(self) -> None:
         self.mapped.clear()

@@ -15,7 +15,7 @@ import pytest
 
 from holdfast.errors import BadAccess, BadBuffer, Closed
 from holdfast.kernel import memfd
-from holdfast.kernel.mapping import Mapping
+from holdfast.kernel.mapping import Mapping, Window
 
 PAGE = 4096
 SIZE = 16 * PAGE
@@ -173,7 +173,7 @@ def test_a_mapping_that_is_not_forked_is_absent_in_the_child_and_leaves_its_heap
     script = """
 import ctypes, mmap, os
 from holdfast.kernel import libc, memfd
-from holdfast.kernel.mapping import Mapping
+from holdfast.kernel.mapping import Mapping, Window
 fd = memfd.create("unforked", 1 << 20)
 inode = f" {os.fstat(fd).st_ino} "
 mapping = Mapping(fd, 1 << 20, dont_fork=True)
@@ -225,3 +225,33 @@ def test_a_mapping_of_many_pieces_is_detached_in_full(monkeypatch: pytest.Monkey
         assert np.array_equal(mapping.array, before)
     finally:
         os.close(fd)
+
+
+# -- windows --------------------------------------------------------------------------------------
+
+
+def test_a_window_shows_a_part_of_the_file_and_is_unmapped_with_its_last_view(file: int) -> None:
+    window = Window(file, PAGE, offset=2 * PAGE)
+    window.array[1] = 0x55
+    assert os.pread(file, 2, 2 * PAGE) == b"\0\x55"
+    view = window.array[1:3]
+    del window
+    gc.collect()
+    assert mapped(file) == 1
+    assert view.tolist() == [0x55, 0]
+    del view
+    gc.collect()
+    assert mapped(file) == 0
+
+
+def test_a_read_only_window_cannot_be_written(file: int) -> None:
+    window = Window(file, PAGE, writable=False)
+    with pytest.raises(ValueError, match="read-only"):
+        window.array[0] = 1
+
+
+@pytest.mark.parametrize(("size", "offset"), [(0, 0), (SIZE + 1, 0), (PAGE, SIZE), (PAGE, 1)])
+def test_a_window_that_does_not_fit_maps_nothing(file: int, size: int, offset: int) -> None:
+    with pytest.raises(BadBuffer):
+        Window(file, size, offset=offset)
+    assert mapped(file) == 0

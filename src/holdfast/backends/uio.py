@@ -30,6 +30,7 @@ from typing import Final, Self
 from holdfast.backends.region_access import existing, require_small
 from holdfast.backends.uio_function import SysfsFunction
 from holdfast.backends.uio_irq import IntxRelay
+from holdfast.backends.unmapping import Outcome, one_by_one
 from holdfast.contracts import DmaContext, Doorbell, HostMemory, RegionMap
 from holdfast.dma.physical import PhysicalFiles
 from holdfast.errors import BadAccess, Busy, HoldfastError, NotSupported
@@ -276,6 +277,9 @@ class UioBackend:
     def dma_unmap(self, iova: Iova, size: int) -> int:
         """0: nothing is ever mapped, and nothing can be put out of the function's reach."""
         return 0
+
+    def dma_unmap_many(self, ranges: Sequence[tuple[Iova, int]]) -> list[Outcome]:
+        return one_by_one(self.dma_unmap, ranges)
 
     def dma_unmap_all(self) -> None:
         """Nothing is ever mapped; what the function can reach is all of memory."""

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from holdfast.backends.region_access import checked, existing, require_small
+from holdfast.backends.unmapping import Outcome, one_by_one
 from holdfast.backends.vfio_irq_record import IrqRecord
 from holdfast.backends.vfio_irqs import Irqs
 from holdfast.backends.vfio_regions import discover
@@ -314,6 +315,9 @@ class VfioBackend:
         """
         with self._device:
             return self._space.unmap(int(iova), size, self._target)
+
+    def dma_unmap_many(self, ranges: Sequence[tuple[Iova, int]]) -> list[Outcome]:
+        return one_by_one(self.dma_unmap, ranges)
 
     def dma_unmap_all(self) -> None:
         """Take everything away that is mapped in the I/O address space, by whomever."""

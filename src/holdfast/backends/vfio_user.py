@@ -17,15 +17,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Self, TypeVar
 
 from holdfast.backends.region_access import checked, existing, require_small
+from holdfast.backends.unmapping import Outcome
 from holdfast.backends.vfio_user_discover import decoded, discover, doorbells_of
 from holdfast.backends.vfio_user_handover import KIND, describe, take_up
 from holdfast.backends.vfio_user_link import ClientLink, connect
 from holdfast.backends.vfio_user_memory import Served, ServedMemory, of_file
 from holdfast.backends.vfio_user_trail import Trail
+from holdfast.backends.vfio_user_unmap import unmap_many
 from holdfast.contracts import Doorbell, FileWindow, Handover, HostMemory, MemoryWindow, RegionMap
 from holdfast.errors import (
     BadAccess,
     Busy,
+    HoldfastError,
     NotSupported,
     ProtocolError,
     RemoteError,
@@ -352,22 +355,14 @@ class VfioUserBackend:
 
         :class:`RemoteError` with ENOENT if nothing of exactly this size is mapped there.
         """
-        body = m.DmaUnmap(0, iova, size)
-        payload = self._ask(Command.DMA_UNMAP, [body.encode()])
-        if not payload:
-            # What libvfio-user answers for a function that does no DMA. There are no partial
-            # unmaps, so a success means the whole window.
-            self._memory.remove(iova)
-            return size
-        reply = self._decoded(m.DmaUnmap.decode_reply, payload)
-        if reply.address != iova:
-            raise ProtocolError(
-                f"asked to unmap {iova!r}, the server unmapped {reply.address:#x}",
-                operation="dma_unmap",
-                target=self._target,
-            )
-        self._memory.remove(iova)
-        return reply.size
+        (outcome,) = self.dma_unmap_many([(iova, size)])
+        if isinstance(outcome, HoldfastError):
+            raise outcome
+        return outcome
+
+    def dma_unmap_many(self, ranges: Sequence[tuple[Iova, int]]) -> list[Outcome]:
+        """Take mappings away, many requests on their way at once."""
+        return unmap_many(self._link, self._memory, ranges, self._timeout, self._target)
 
     def dma_unmap_all(self) -> None:
         """Take every mapping away (vfio-user specification, DMA_UNMAP, "unmap all")."""

@@ -52,6 +52,13 @@ class Slot:
     fds: Descriptors = field(default_factory=Descriptors)
 
 
+def raised(outcome: Part | HoldfastError) -> Part:
+    """The reply, or the error raised."""
+    if isinstance(outcome, HoldfastError):
+        raise outcome
+    return outcome
+
+
 def size_of(head: bytes) -> int:
     """Whole size of the message with this header; ProtocolError if it cannot be."""
     return Header.decode(head).size
@@ -152,19 +159,30 @@ class ClientLink:
 
     def pipeline(self, command: Command, bodies: Sequence[Parts], *, timeout: float) -> list[Part]:
         """Several commands at once; their replies in order. Raises what the first bad one says."""
-        slots = [self.begin(command, body, timeout=timeout) for body in bodies]
-        replies: list[Part] = []
-        failed: HoldfastError | None = None
+        return [raised(one) for one in self.outcomes(command, bodies, timeout=timeout)]
+
+    def outcomes(
+        self, command: Command, bodies: Sequence[Parts], *, timeout: float
+    ) -> list[Part | HoldfastError]:
+        """Several commands at once; for each, in order, its reply or why there is none."""
+        slots: list[Slot | HoldfastError] = []
+        for body in bodies:
+            try:
+                slots.append(self.begin(command, body, timeout=timeout))
+            except HoldfastError as error:
+                slots.append(error)
+        found: list[Part | HoldfastError] = []
         for slot in slots:  # all of them: what came with a reply must be closed
+            if isinstance(slot, HoldfastError):
+                found.append(slot)
+                continue
             try:
                 payload, fds = self.finish(slot, timeout=timeout)
                 fds.close()
-                replies.append(payload)
+                found.append(payload)
             except HoldfastError as error:
-                failed = failed or error
-        if failed is not None:
-            raise failed
-        return replies
+                found.append(error)
+        return found
 
     def finish(self, slot: Slot, *, timeout: float) -> tuple[Part, Descriptors]:
         """Wait for the reply to a command that :meth:`begin` sent."""

@@ -16,21 +16,23 @@ from dataclasses import dataclass
 from holdfast.contracts import HostMemory
 from holdfast.errors import HoldfastError
 from holdfast.kernel import memfd
-from holdfast.kernel.mapping import PAGE, Mapping
+from holdfast.kernel.mapping import PAGE, Window
 from holdfast.values import Perm
 
 
 class FileMemory:
     """A window's own mapping of a sealed file, for servers that prefer messages."""
 
-    def __init__(self, mapping: Mapping) -> None:
-        self._mapping = mapping
+    __slots__ = ("_window",)
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
 
     def read(self, offset: int, count: int) -> bytes:
-        return self._mapping.array[offset : offset + count].tobytes()
+        return self._window.array[offset : offset + count].tobytes()
 
     def write(self, offset: int, data: memoryview) -> None:
-        self._mapping.array.data[offset : offset + len(data)] = data
+        self._window.array.data[offset : offset + len(data)] = data
 
 
 def of_file(fd: int, offset: int, size: int, perm: Perm) -> HostMemory | None:
@@ -43,7 +45,7 @@ def of_file(fd: int, offset: int, size: int, perm: Perm) -> HostMemory | None:
         return None
     try:
         memfd.require_sealed(fd, offset + size)
-        return FileMemory(Mapping(fd, size, offset=offset, writable=bool(perm & Perm.WRITE)))
+        return FileMemory(Window(fd, size, offset=offset, writable=bool(perm & Perm.WRITE)))
     except HoldfastError:
         return None
 

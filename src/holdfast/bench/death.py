@@ -3,7 +3,8 @@
 
 Clients with transfers running are SIGKILLed one after the other. This process waits for each
 client's pidfd in a bare epoll: nobody can learn of a death sooner by that way. The keeper's own
-times come from its log; both clocks are CLOCK_MONOTONIC.
+times come from its log; both clocks are CLOCK_MONOTONIC. It is not asked while a death is timed:
+the answer would be in the way.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 from holdfast.bench.plan import Run
 from holdfast.bench.result import Goal, Result, percentile, times
 from holdfast.errors import HoldfastError
+from holdfast.keeper.client import LeaseClient
 from holdfast.torture import actors
-from holdfast.torture.outside import settle
 from holdfast.torture.stack import Stack
 
 NBYTES = 256 << 10
@@ -26,6 +27,9 @@ NBYTES = 256 << 10
 ARENA = 64 << 20
 CARD = 1 << 20
 RELEASED_WITHIN = 20.0
+UNDISTURBED = 0.02
+"""Seconds after a death in which the keeper is not asked: most memory is back by then."""
+POLL = 0.005
 MS = 1e-6
 """Milliseconds in a nanosecond."""
 
@@ -43,27 +47,43 @@ class Deaths:
 
     def add(self, killed: int, seen: int, lease: dict[str, Any]) -> None:
         """Account for one lease, as the keeper's ``ps`` tells of it."""
-        entered: dict[str, int] = {}
-        for state, at, _ in lease["log"]:
-            entered.setdefault(state, at)
-        missing = {"frozen", "quiet", "released"} - entered.keys()
-        if missing:
-            raise HoldfastError(
-                f"lease {lease['lease']} never was {', '.join(sorted(missing))}", operation="bench"
-            )
+        frozen, quiet, released = (entered(lease, to) for to in ("frozen", "quiet", "released"))
         self.bare.append(seen - killed)
-        self.detected.append(entered["frozen"] - killed)
-        self.later.append(entered["frozen"] - seen)
-        self.quiet.append(entered["quiet"] - killed)
-        self.returned.append(entered["released"] - entered["quiet"] - lease["punch_ns"])
+        self.detected.append(frozen - killed)
+        self.later.append(frozen - seen)
+        self.quiet.append(quiet - killed)
+        self.returned.append(released - quiet - lease["punch_ns"])
         self.punched.append(lease["punch_ns"])
 
 
+def entered(lease: dict[str, Any], state: str) -> int:
+    """When a lease came into a state first (ns)."""
+    for known, at, _ in lease["log"]:
+        if known == state:
+            return int(at)
+    raise HoldfastError(f"lease {lease['lease']} never was {state}", operation="bench")
+
+
+def ended(asker: LeaseClient, number: int) -> dict[str, Any]:
+    """What the keeper tells of a lease whose client was killed, once it is released."""
+    time.sleep(UNDISTURBED)
+    deadline = time.monotonic() + RELEASED_WITHIN
+    while True:
+        told = asker.ps(number - 1)["leases"]
+        lease: dict[str, Any] | None = next((one for one in told if one["lease"] == number), None)
+        if lease is not None and lease["state"] == "released":
+            return lease
+        if time.monotonic() > deadline:
+            state = "forgotten" if lease is None else lease["state"]
+            raise HoldfastError(f"lease {number} is {state}, not released", operation="bench")
+        time.sleep(POLL)
+
+
 def _die(stack: Stack) -> tuple[int, int, int]:
-    """Kill one client: its pid, and when it was killed and seen dead (ns)."""
+    """Kill one client: its lease, and when it was killed and seen dead (ns)."""
     client = actors.spawn(actors.client(stack.target, NBYTES))
     try:
-        actors.client_started(client)
+        _, lease = actors.client_started(client)
         pidfd = os.pidfd_open(client.pid)
         try:
             with select.epoll() as epoll:
@@ -78,27 +98,20 @@ def _die(stack: Stack) -> tuple[int, int, int]:
         raise
     finally:
         client.reap()
-    return client.pid, killed, seen
+    return lease, killed, seen
 
 
 def kill_clients(stack: Stack, kills: int) -> Deaths:
     """Kill ``kills`` clients, each once the memory of the one before is back."""
     actors.fill_card(stack.target, CARD)
     deaths = Deaths()
-    for _ in range(kills):
-        pid, killed, seen = _die(stack)
-        found: list[dict[str, Any]] = []
-
-        def unreleased(pid: int = pid, found: list[dict[str, Any]] = found) -> int:
-            found[:] = [
-                lease for lease in stack.ps()["leases"] if lease["pid"] == pid and lease["channels"]
-            ]
-            return sum(lease["state"] != "released" for lease in found)
-
-        settle(unreleased, goal=0, timeout=RELEASED_WITHIN)
-        if not found:
-            raise HoldfastError(f"the keeper forgot client {pid}", operation="bench")
-        deaths.add(killed, seen, found[-1])
+    asker = stack.ask()
+    try:
+        for _ in range(kills):
+            lease, killed, seen = _die(stack)
+            deaths.add(killed, seen, ended(asker, lease))
+    finally:
+        asker.close()
     return deaths
 
 

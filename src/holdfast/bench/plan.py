@@ -33,6 +33,10 @@ class Sizes:
     opens_cold: int = 5
     opens_warm: int = 100
     kills: int = 100
+    leases: int = 1000
+    lonely: int = 100
+    """Deaths one by one, of each kind, for each number of other leases."""
+    transfers: int = 1000
 
 
 FULL = Sizes()
@@ -46,6 +50,9 @@ QUICK = Sizes(
     opens_cold=1,
     opens_warm=10,
     kills=6,
+    leases=20,
+    lonely=3,
+    transfers=50,
 )
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from holdfast.bench import death, mediated, opening, posting, registers, traffic
+from holdfast.bench import (
+    death,
+    mediated,
+    opening,
+    posting,
+    registers,
+    scale,
+    silence,
+    traffic,
+)
 from holdfast.bench.plan import FULL, QUICK, Run
 from holdfast.bench.result import Result
 
@@ -25,19 +34,25 @@ BENCHES: dict[str, Bench] = {
     "register_mapped": registers.register_mapped,
     "open_cold": opening.open_cold,
     "open_warm": opening.open_warm,
+    "keeper_messages": silence.keeper_messages,
     "kills": death.kills,
+    "scale": scale.scale,
 }
-"""Name to bench. ``kills`` and ``mediated_small`` yield several figures, all others the one of
-their name."""
+SEVERAL = ("kills", "mediated_small", "scale")
+"""Benches that yield several figures; each of the others yields the one of its name."""
 
 FIGURES: dict[str, str] = {
-    **{name: name for name in BENCHES if name not in ("kills", "mediated_small")},
+    **{name: name for name in BENCHES if name not in SEVERAL},
     "mediated_cpu": "mediated_small",
     "mediated_rate": "mediated_small",
     "kill_to_detected": "kills",
     "kill_to_quiet": "kills",
     "quiet_to_released": "kills",
     "quiet_to_released_arena": "kills",
+    "release_among_leases": "scale",
+    "release_among_leases_running": "scale",
+    "release_all_leases": "scale",
+    "keeper_memory": "scale",
 }
 """Figure to the bench that yields it."""
 

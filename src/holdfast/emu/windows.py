@@ -349,7 +349,7 @@ class Windows:
         """An access begins. What it uses is not known yet, so nothing may be closed."""
         with self._lock:
             if self._table is None:
-                self._table = Table(list(self._windows))
+                self._table = Table(list(self._windows), list(self._starts))
             self._serial += 1
             self._inside = True
             self._using = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -86,24 +87,53 @@ class Entries:
 
 
 class Table:
-    """A snapshot of all windows, in IOVA order. ``lasts`` are inclusive: 2**64 does not fit."""
+    """A snapshot of all windows, in IOVA order; ``starts`` are their addresses.
 
-    def __init__(self, windows: list[Window]) -> None:
+    Windows come and go with every client of the function, and most accesses need no more than a
+    search in the list. The arrays, which look at each window, are made for the first list of
+    entries that lies in several.
+    """
+
+    def __init__(self, windows: list[Window], starts: list[int]) -> None:
         self.windows = windows
-        self._places = [window.iova for window in windows]
-        self._starts = np.array(self._places, np.uint64)
-        self._lasts = np.array([window.end - 1 for window in windows], np.uint64)
-        perms = np.array([window.perm for window in windows], np.uint8)
-        self._allows = {perm: (perms & perm) != 0 for perm in (Perm.READ, Perm.WRITE)}
-        direct = [w.memory if isinstance(w.memory, Direct) else None for w in windows]
-        self._direct = np.array([memory is not None for memory in direct], bool)
-        # Address minus IOVA, modulo 2**64: one wrapping addition turns an IOVA into an address.
+        self._places = starts
+
+    @cached_property
+    def _starts(self) -> U64s:
+        return np.array(self._places, np.uint64)
+
+    @cached_property
+    def _lasts(self) -> U64s:
+        """Inclusive: 2**64 does not fit."""
+        return np.array([window.end - 1 for window in self.windows], np.uint64)
+
+    @cached_property
+    def _allows(self) -> dict[Perm, Flags]:
+        perms = np.array([window.perm for window in self.windows], np.uint8)
+        return {perm: (perms & perm) != 0 for perm in (Perm.READ, Perm.WRITE)}
+
+    @cached_property
+    def _memories(self) -> list[Direct | None]:
+        return [w.memory if isinstance(w.memory, Direct) else None for w in self.windows]
+
+    @cached_property
+    def _direct(self) -> Flags:
+        return np.array([memory is not None for memory in self._memories], bool)
+
+    @cached_property
+    def _deltas(self) -> U64s:
+        """Address minus IOVA, modulo 2**64: one wrapping addition turns an IOVA into an address."""
         deltas = [
             (memory.address - window.iova) % (1 << 64) if memory else 0
-            for window, memory in zip(windows, direct, strict=True)
+            for window, memory in zip(self.windows, self._memories, strict=True)
         ]
-        self._deltas = np.array(deltas, np.uint64)
-        self._aliased = _aliased(direct)
+        return np.array(deltas, np.uint64)
+
+    @cached_property
+    def _aliased(self) -> bool:
+        """True if one byte of a file is reachable through two direct windows."""
+        spans = sorted(memory.span for memory in self._memories if memory is not None)
+        return any(one[:2] == two[:2] and two[2] < one[3] for one, two in pairwise(spans))
 
     def find(self, iova: int) -> Window | None:
         """The window that holds this address."""
@@ -177,9 +207,3 @@ class Table:
             copy_in_order(far, places, entries.local, near, counts)
         else:
             copy_list(far, places, entries.local, near, counts)
-
-
-def _aliased(memories: list[Direct | None]) -> bool:
-    """True if one byte of a file is reachable through two direct windows."""
-    spans = sorted(memory.span for memory in memories if memory is not None)
-    return any(one[:2] == two[:2] and two[2] < one[3] for one, two in pairwise(spans))

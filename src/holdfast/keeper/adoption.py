@@ -172,4 +172,4 @@ def _go_on(keeper: Keeper, lease: Lease, contents: Contents) -> None:
             keeper.end(lease, "its connection hung up")
     keeper.watch_client(lease)
     if held is not None:
-        keeper.attend_again(lease, Connection(socket.socket(fileno=held[0][0])))
+        keeper.attend_again(lease, Connection(socket.socket(fileno=held[0][0]), keeper.traffic))

@@ -105,7 +105,7 @@ class Anchor:
         if self.starting:
             self.starting = False
             self.deadline = None
-        if kind == b"P":  # put
+        if kind in (b"P", b"p"):  # put; the small one is not answered
             self._hold(key, note, fds)
         elif kind == b"H":  # hello: the keeper's pidfd
             close_all([self.keeper])
@@ -124,7 +124,7 @@ class Anchor:
         elif kind == b"G":  # get everything
             for name, (text, numbers) in self.held.items():
                 self._send(b"i", number, name + b"\0" + text, numbers)
-        if kind not in (b"B", b"Q", b"d"):
+        if kind not in (b"B", b"Q", b"d", b"p"):
             self._send(b"a", number, str(self.standby_pid).encode())
 
     def _end(self) -> None:

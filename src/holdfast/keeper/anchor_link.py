@@ -39,6 +39,9 @@ HEARTBEAT: Final = 10.0
 """Seconds without a heartbeat after which the anchor kills the keeper."""
 SAFE_AFTER: Final = 3
 """Crashes within ten seconds after which a successor runs no driver."""
+AT_ONCE: Final = 32
+"""Messages to a fresh anchor for one answer. The kernel bounds the descriptors of a user that are
+on their way (net/unix/scm.c, too_many_unix_fds)."""
 TRIES: Final = 20
 """How many anchors are started for one acknowledgement."""
 
@@ -272,9 +275,7 @@ class AnchorLink:
                 self._spawn()
                 self._dropped.clear()
                 self._hello()
-                for key, item in list(self._items.items()):
-                    body = key.encode() + b"\0" + item.note
-                    self._await(self._send(b"P", body, item.fds))
+                self._give_all()
             except (OSError, ProtocolError) as error:
                 if attempt == TRIES - 1:
                     raise SystemFailure(
@@ -283,6 +284,19 @@ class AnchorLink:
                     ) from error  # fmt: skip
             else:
                 return
+
+    def _give_all(self) -> None:
+        """Give a fresh anchor everything; returns when it has said that it holds the last of it.
+
+        It carries messages out in order, so one answer stands for all before it.
+        """
+        items = list(self._items.items())
+        for place, (key, item) in enumerate(items, 1):
+            body = key.encode() + b"\0" + item.note
+            if place % AT_ONCE and place < len(items):
+                self._send(b"p", body, item.fds)
+            else:
+                self._await(self._send(b"P", body, item.fds))
 
     def _put_away(self) -> None:
         """See to it that the former anchor is dead: two could start a successor each."""

@@ -25,17 +25,39 @@ TURN = 4
 """Most packets that are taken from a client before everybody else has had a turn."""
 
 
+class Traffic:
+    """How many packets a keeper took from its clients: what it was asked, in plain numbers."""
+
+    __slots__ = ("packets",)
+
+    def __init__(self) -> None:
+        self.packets = 0
+
+
 class Connection:
     """Packets to and from one client. Loop only. Owns the socket; closing is idempotent."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    __slots__ = (
+        "_backlog",
+        "_closed",
+        "_fd",
+        "_loop",
+        "_taken",
+        "_traffic",
+        "_waiter",
+        "_watched",
+        "sock",
+    )
+
+    def __init__(self, sock: socket.socket, traffic: Traffic) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self._traffic = traffic
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._watched = False
-        self._backlog: deque[tuple[bytes, list[int]]] = deque()
+        self._backlog: deque[tuple[bytes, list[int]]] | None = None  # few clients ever need one
         self._closed = False
         self._taken = 0
 
@@ -47,15 +69,21 @@ class Connection:
                 self._taken = 0
                 await asyncio.sleep(0)
                 continue
+            packet = None
             try:
                 packet = packets.receive(self.sock, wire.MAX_PACKET, wire.MAX_FDS)
-                self._taken += 1
-                return packet
             except BlockingIOError:
-                self._taken = 0
-                await self._readable()
+                pass
             except (ConnectionError, ProtocolError):
                 break
+            if packet is not None:
+                self._taken += 1
+                self._traffic.packets += 1
+                return packet
+            self._taken = 0
+            # Out of the handler: an exception that is being handled is kept, with its frames, and
+            # this is where a client's task spends its life.
+            await self._readable()
         return b"", []
 
     async def _readable(self) -> None:
@@ -88,6 +116,8 @@ class Connection:
         except ResourceError as error:
             self.send(wire.Failed(seq=message.seq, error=to_fields(error)))
             return
+        if self._backlog is None:
+            self._backlog = deque()
         if len(self._backlog) >= BACKLOG_LIMIT:
             self.close()
             return
@@ -131,9 +161,9 @@ class Connection:
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._wake()
-        for _, fds in self._backlog:
+        for _, fds in self._backlog or ():
             _close_all(fds)
-        self._backlog.clear()
+        self._backlog = None
         disposal.hang_up(self.sock)
         self._wake()
 

@@ -14,6 +14,7 @@ from holdfast.driver import Grant
 from holdfast.keeper.journal import Entry, LeaseRecord, Mark, Stage
 from holdfast.keeper.process_memory import OwnMemory
 from holdfast.keeper.quarantine import Quarantined
+from holdfast.keeper.sparse_event import SparseEvent
 from holdfast.keeper.state import Fact, Machine, State
 from holdfast.kernel.pidfd import Peer
 from holdfast.values import Access, Iova, LeaseId, Policy
@@ -104,7 +105,7 @@ class Lease:
     """When the first sign of its end was seen (CLOCK_MONOTONIC)."""
     punch_ns: int = 0
     """Time that giving its pages back to the kernel took."""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: SparseEvent = field(default_factory=SparseEvent)
     serving: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a request is answered: the death protocol begins behind it, never beside it."""
     memory_lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -404,7 +404,9 @@ class MemoryDesk:
         mark = self.journal.unmapping(entry)
         steps.reach("keeper.unmapping")
         try:
-            unmapped = await self.host.call(self._unmap_one, entry)
+            (unmapped,) = await self.host.call(self._unmap_many, [entry])
+            if isinstance(unmapped, HoldfastError):
+                raise unmapped
         except BaseException:
             self._failed(entry, mark)
             raise
@@ -419,27 +421,26 @@ class MemoryDesk:
         """Find out how many bytes each unmap takes away, or why it fails. Blocking."""
         work.begun = True
         try:
-            for entry in work.entries:
-                try:
-                    work.outcomes.append(self._unmap_one(entry))
-                except HoldfastError as error:
-                    work.outcomes.append(error)
-                except Exception as error:  # noqa: BLE001 - each entry has an outcome
-                    said = f"{type(error).__name__}: {error}"
-                    work.outcomes.append(HoldfastError(said, operation="unmap"))
+            work.outcomes.extend(self._unmap_many(work.entries))
+        except Exception as error:  # noqa: BLE001 - each entry has an outcome
+            said = HoldfastError(f"{type(error).__name__}: {error}", operation="unmap")
+            work.outcomes.extend([said] * len(work.entries))
         finally:
             work.done.set()
 
-    def _unmap_one(self, entry: Entry) -> int:
-        try:
-            return self.host.backend.dma_unmap(entry.iova, entry.size)
-        except RemoteError as error:
-            if error.errno != errno.ENOENT:
-                raise
+    def _unmap_many(self, entries: Sequence[Entry]) -> list[int | HoldfastError]:
+        """Bytes that each unmap took away, or why it failed. Blocking."""
+        asked = [(entry.iova, entry.size) for entry in entries]
+        outcomes = self.host.backend.dma_unmap_many(asked)
+        return [self._judged(*pair) for pair in zip(entries, outcomes, strict=True)]
+
+    def _judged(self, entry: Entry, outcome: int | HoldfastError) -> int | HoldfastError:
+        if isinstance(outcome, RemoteError) and outcome.errno == errno.ENOENT:
             return 0
-        except DeviceGone:
+        if isinstance(outcome, DeviceGone):
             # The mapping ended with the process that held it, but only the reaper can say so.
             return entry.size if self.host.proven_gone() else 0
+        return outcome
 
     def _close(self, entry: Entry, mark: Entry, unmapped: int, *, retire: bool) -> Entry | None:
         """Judge an unmap by what ``entry`` was before it; None, or what is still there."""

@@ -39,7 +39,7 @@ from holdfast.keeper.admission import AllowList
 from holdfast.keeper.adoption import adopt_leases
 from holdfast.keeper.aftermath import give_channels_back
 from holdfast.keeper.anchor_link import AnchorLink
-from holdfast.keeper.connection import Connection
+from holdfast.keeper.connection import Connection, Traffic
 from holdfast.keeper.continuity import Inherited
 from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.event_log import EventLog
@@ -114,6 +114,7 @@ class Keeper:
         self.greeted: dict[LeaseId, Lease] = {}
         """Clients that said Hello and have not opened a lease."""
         self._gate = Gate(settings.user_leases)
+        self.traffic = Traffic()
         self._connections: set[asyncio.Task[None]] = set()
         self._deaths: dict[LeaseId, asyncio.Task[None]] = {}
         self._stop = asyncio.Event()
@@ -265,7 +266,7 @@ class Keeper:
             task.add_done_callback(self._connections.discard)
 
     async def _attend(self, sock: socket.socket, user: int) -> None:
-        connection = Connection(sock)
+        connection = Connection(sock, self.traffic)
         # Not a timeout around the coroutine: nothing it has received may be lost.
         silence = self._loop.call_later(GREETING, connection.close)
         lease: Lease | None = None
@@ -556,6 +557,7 @@ class Keeper:
             "mediator": self.mediation.describe(),
             "quarantined_bytes": self.quarantined(),
             "unaccounted_bytes": self.unaccounted(),
+            "packets": self.traffic.packets,
         }
 
     def quarantined(self) -> int:

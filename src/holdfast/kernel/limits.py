@@ -25,6 +25,7 @@ import os
 import re
 import resource
 import struct
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -178,3 +179,24 @@ def _raise_it(limit: Memlock, wanted: int) -> str:
         f"as root: `prlimit --pid {os.getpid()} --memlock={wanted}:{wanted}`; for good:"
         " `memlock` in /etc/security/limits.conf, or LimitMEMLOCK= of the systemd unit"
     )
+
+
+def allow_open_files(wanted: int | None = None) -> int:
+    """Raise the soft limit of open files of this process, and of all that it will start.
+
+    To ``wanted`` descriptors, or as far as the hard limit lets it go (also if that is less). Most
+    systems start processes with 1024, for programs that use select(2), and leave it to those that
+    need more to ask. Returns the soft limit that there is then; it is never lowered.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    had = sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    goal = most if wanted is None else min(wanted, most)
+    if goal <= had:
+        return had
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if goal == most else goal, hard))
+    except (OSError, ValueError):
+        # An unlimited hard limit is still bounded by fs.nr_open.
+        return had
+    return goal

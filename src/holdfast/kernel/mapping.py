@@ -208,6 +208,34 @@ class Mapping:
         self._array = None
 
 
+class Window:
+    """A piece of a file mapped ``MAP_SHARED``, for those who hold thousands and seldom look.
+
+    A :class:`Mapping` has views of every width ready, which takes a page of Python objects; here
+    they are made when they are asked for. Keeps no duplicate of the descriptor; unmapped when the
+    last reference goes, views included. Raises like Mapping. Thread-safe.
+    """
+
+    __slots__ = ("_address", "_size", "_writable")
+
+    def __init__(self, fd: int, size: int, *, offset: int = 0, writable: bool = True) -> None:
+        self._size = 0
+        extent = [(offset, size)]
+        _check(fd, extent)
+        self._address = _reserve_and_map(fd, extent, size, writable, dont_fork=False)
+        self._size = size
+        self._writable = writable
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """All bytes; the array and its views keep them mapped."""
+        return np.asarray(Span(self._address, self._size, writable=self._writable, keep=self))
+
+    def __del__(self) -> None:
+        if self._size:
+            libc.munmap(self._address, self._size)
+
+
 def _check(fd: int, extents: Sequence[tuple[int, int]]) -> int:
     """The size of all extents together, after checking each."""
     try:

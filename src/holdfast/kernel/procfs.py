@@ -185,6 +185,49 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
+def resident(pid: int) -> dict[str, int]:
+    """What a process has in memory, in bytes, by the names of proc_pid_smaps(5) (``Rss``, ``Pss``).
+
+    Raises SystemFailure for a process that is gone, and NoPermission for another user's.
+    """
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    except OSError as error:
+        raise failure(error, "read memory", f"process {pid}") from error
+    rows = re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)
+    return {name: int(value) * 1024 for name, value in rows}
+
+
+def context_switches(pid: int) -> int:
+    """How often threads of a process were put on or off a processor so far, by their own doing or
+    not (proc_pid_status(5)). What does not rise did not run: nothing woke the process.
+    """
+    total = 0
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            text = Path(f"/proc/{pid}/task/{task}/status").read_text("utf-8", "replace")
+            total += sum(map(int, re.findall(r"^\w+_ctxt_switches:\s+(\d+)$", text, re.MULTILINE)))
+    except OSError as error:
+        raise failure(error, "read context switches", f"process {pid}") from error
+    return total
+
+
+def waited_for_processor(pid: int) -> int:
+    """Nanoseconds that threads of a process were ready to run and did not, because others did.
+
+    The second field of schedstat (Documentation/scheduler/sched-stats.rst); 0 on a kernel without
+    it (CONFIG_SCHED_INFO). Raises SystemFailure for a process that is gone.
+    """
+    total = 0
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            path = Path(f"/proc/{pid}/task/{task}/schedstat")
+            total += int(path.read_text(encoding="ascii").split()[1]) if path.exists() else 0
+    except OSError as error:
+        raise failure(error, "read scheduling", f"process {pid}") from error
+    return total
+
+
 def mapped_shared() -> int:
     """Shared memory mapped by the processes that this user may look at, in bytes.
 

@@ -204,6 +204,21 @@ class BackendConformance:
         assert self._unmapped(backend, IOVA + SIZE // 2, SIZE // 2) == 0
         assert backend.dma_unmap(IOVA, SIZE) == SIZE
 
+    def test_many_unmaps_have_an_outcome_each(self, backend: FunctionBackend, memory: int) -> None:
+        """In their order, and those that find nothing do not keep the others from it."""
+        places = [Iova(IOVA + 2 * SIZE * number) for number in range(70)]
+        for place in places:
+            backend.dma_map(place, SIZE, Perm.RW, memory, 0)
+        wanted = [(place, SIZE) for place in places]
+        nothing = (Iova(IOVA + SIZE), SIZE)
+        assert backend.dma_unmap_many([]) == []
+        outcomes = backend.dma_unmap_many([*wanted[:35], nothing, *wanted[35:]])
+        assert outcomes[:35] + outcomes[36:] == [SIZE] * 70
+        assert outcomes[35] == 0 or isinstance(outcomes[35], HoldfastError)
+        assert self._unmapped(backend, IOVA, SIZE) == 0
+        backend.dma_map(IOVA, SIZE, Perm.RW, memory, 0)
+        assert backend.dma_unmap(IOVA, SIZE) == SIZE
+
     def test_an_empty_range_cannot_be_mapped(self, backend: FunctionBackend, memory: int) -> None:
         with pytest.raises(HoldfastError):
             backend.dma_map(IOVA, 0, Perm.RW, memory, 0)
