@@ -7,16 +7,21 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
 import holdfast
 from holdfast.device import Device
+from holdfast.keeper import embedded
+from holdfast.kernel import packets
+from holdfast.kernel.mapping import Mapping
 from holdfast.torture import actors
 from holdfast.torture.outside import settle
 from holdfast.torture.stack import Stack
+from holdfast.values import Access, Target
+from holdfast.wire import lease as wire
 
 LONG = 15.0
 FOREIGN = actors.FOREIGN
@@ -61,6 +66,8 @@ class Scene:
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
+        self.waits = 0.0
+        """Seconds that a test gives to what must not happen."""
         self.size = SIZES["edu" if ":edu" in stack.target else "xdma"]
 
     def fill_card(self) -> None:
@@ -128,6 +135,78 @@ def rungs(lease: dict[str, Any]) -> list[str]:
     return entered[entered.index("frozen") + 1 :]
 
 
+SLAB = 64 << 10
+R = TypeVar("R")
+
+
+class Rude:
+    """A client without the library's manners: nothing of it is closed in a child."""
+
+    def __init__(self, target: str) -> None:
+        self.sock = packets.connect(str(embedded.socket_path(Target.parse(target))), LONG)
+        self.sock.settimeout(LONG)
+        self.ask(wire.Hello(version=wire.VERSION), wire.Welcome)
+        opened, fds = self.ask(wire.Open(access=Access.EXCLUSIVE), wire.Opened)
+        self.lease = opened.lease
+        taken, slabs = self.ask(wire.TakeSlab(nbytes=SLAB), wire.SlabTaken)
+        self.iova = int(taken.info.iovas[0])
+        self.slab = slabs[taken.info.fd]
+        self.bells = [fds[bell.fd] for bell in opened.bells]
+        bar = opened.regions[0]
+        self.window = (
+            Mapping(fds[bar.fd], 4096, offset=bar.file_offset)
+            if bar.areas and bar.fd is not None
+            else None
+        )
+
+    def ask(self, message: wire.Message, kind: type[R]) -> tuple[R, list[int]]:
+        packets.send(self.sock, wire.encode(message), ())
+        packet, fds = packets.receive(self.sock, wire.MAX_PACKET, wire.MAX_FDS)
+        reply = wire.decode_reply(packet)
+        assert isinstance(reply, kind), reply
+        return reply, fds
+
+    def order(self, *, wait: bool = True) -> None:
+        """Have the mailbox card write foreign bytes where this client's memory is, or was."""
+        for offset, value in ((8, self.iova), (16, SLAB), (24, actors.FOREIGN), (0, 1)):
+            if self.window is not None:
+                self.window.store(offset, 8, value)
+                continue
+            data = value.to_bytes(8, "little")
+            message = wire.RegionWrite(index=0, offset=offset, data=data)
+            packets.send(self.sock, wire.encode(message), ())
+            if wait:
+                packets.receive(self.sock, wire.MAX_PACKET, wire.MAX_FDS)
+
+
+def _wait() -> None:
+    while True:
+        time.sleep(60)
+
+
+def dies_with_an_orphan(target: str) -> actors.Child:
+    """A client forks a child, which keeps everything, and is killed. Told so, the child orders."""
+
+    def body(reading: int, writing: int) -> None:
+        rude = Rude(target)
+        rude.order()
+        if os.fork():
+            _wait()
+        if rude.window is not None:
+            rude.sock.close()  # both signs of death will come: only the window is left
+        os.write(writing, b"x")
+        os.read(reading, 1)
+        rude.order(wait=False)
+        os.write(writing, b"y")
+        os.read(reading, 1)
+        os._exit(0)
+
+    child = actors.spawn(body)
+    assert child.read(1) == b"x"
+    child.kill()
+    return child
+
+
 @pytest.fixture
 def scene(serve: Callable[..., Stack]) -> Iterator[Callable[..., Scene]]:
     """``scene(target, *options)``: a stage of one's own."""
@@ -138,3 +217,19 @@ def scene(serve: Callable[..., Stack]) -> Iterator[Callable[..., Scene]]:
 @pytest.fixture
 def rungs_of() -> Callable[[dict[str, Any]], list[str]]:
     return rungs
+
+
+@pytest.fixture
+def staging() -> Callable[[Stack], Scene]:
+    """A stage on a stack that the test has started."""
+    return Scene
+
+
+@pytest.fixture
+def rude() -> Callable[[str], Rude]:
+    return Rude
+
+
+@pytest.fixture
+def orphaned() -> Callable[[str], actors.Child]:
+    return dies_with_an_orphan

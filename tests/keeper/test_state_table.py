@@ -213,6 +213,53 @@ def test_no_order_of_events_releases_without_proof(
             assert safe_to_release(frozenset(machine.facts))
 
 
+def test_a_timeout_carries_no_fact_and_leads_to_the_next_stronger_measure() -> None:
+    rows = [row for row in TABLE if row.event is Event.DEADLINE]
+    assert {row.source for row in rows} == {State.DRAINING, State.ISOLATING}
+    for row in rows:
+        assert row.needs == frozenset()
+        assert row.target not in TOWARDS_RELEASE
+        assert LADDER.index(row.target) == LADDER.index(row.source) + 1
+
+
+@given(
+    st.sampled_from(GUARDED),
+    st.lists(st.sampled_from(sorted(FAILURES)), max_size=30),
+    st.frozensets(st.sampled_from(Fact)),
+)
+def test_no_number_of_failures_and_timeouts_leads_to_release(
+    policy: Policy, failures: list[Event], facts: frozenset[Fact]
+) -> None:
+    """Not even with every fact observed: something must have said so."""
+    machine = Machine(policy, facts=set(facts))
+    machine.fire(Event.DEATH)
+    machine.fire(FIRST_MEASURE[policy])
+    for event in failures:
+        try:
+            machine.fire(event)
+        except IllegalStep:
+            continue
+        assert machine.state in LADDER
+
+
+@given(st.sampled_from(GUARDED), STEPS)
+def test_released_is_never_reached_without_a_whole_way_of_the_gate(
+    policy: Policy, steps: list[tuple[Event, frozenset[Fact]]]
+) -> None:
+    machine = Machine(policy)
+    nothing: frozenset[Fact] = frozenset()
+    for event, facts in [(Event.DEATH, nothing), (FIRST_MEASURE[policy], nothing), *steps]:
+        machine.observe(*facts)
+        try:
+            machine.fire(event)
+        except IllegalStep:
+            continue
+        if machine.state is State.QUARANTINE:
+            assert not machine.facts & state.QUIET_PROOFS, "what was seen before counts no more"
+        if machine.state is State.RELEASED:
+            assert any(way <= machine.facts for way in RELEASE_GATE[policy].ways)
+
+
 def test_a_row_without_its_fact_is_refused_and_the_machine_stays_put() -> None:
     machine = Machine(Policy.DRAIN)
     machine.fire(Event.DEATH)

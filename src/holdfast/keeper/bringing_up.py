@@ -32,19 +32,21 @@ def bring_up(
     faults: str = "",
     siblings: Sequence[Target] = (),
     space: IovaSpace | None = None,
+    safe: bool = False,
 ) -> Inherited:
     """A function at rest, with nothing mapped but the arena. Blocking; on error all is let go.
 
-    ``space`` is shared with the ``siblings`` if there are any; None: made here.
+    ``space`` is shared with the ``siblings`` if there are any; None: made here. With ``safe`` no
+    driver is loaded: it may be what several keepers crashed of before this one.
     """
     forget_all(scope)
     backend, child = _reach(target, scope, faults)
     try:
         hold_backend(scope, backend)
-        found = find_driver(target, backend)
+        found = Driver if safe else find_driver(target, backend)
         if siblings and space is None:
             space = shared_space([target, *siblings], backend)
-        host = FunctionHost.start(target, scope, backend, found, arena, child, space)
+        host = FunctionHost.start(target, scope, backend, found, arena, child, space, safe=safe)
     except BaseException:
         # Not left to the end of the process: what is mapped and pinned goes in order.
         backend.close()
@@ -53,8 +55,10 @@ def bring_up(
         raise
     journal = Journal.create()
     scope.put("journal", [journal.fd])
-    scope.put("up", note={"irq_index": host.irq_index})
-    return Inherited(host, Continuity(scope, journal))
+    # Without the driver, which safe mode does without, nobody knows the function's address bits.
+    bounds = {"base": host.space.base, "limit": host.space.limit}
+    scope.put("up", note={"irq_index": host.irq_index, **bounds})
+    return Inherited(host, Continuity(scope, journal, safe_mode=safe))
 
 
 def hold_backend(scope: Scope, backend: FunctionBackend) -> None:

@@ -54,7 +54,8 @@ def _describe_regions(lease: Lease, host: FunctionHost, fds: list[int]) -> list[
         if lease.access is Access.MEDIATED and region.index != CONFIG_REGION:
             continue
         place = None
-        mapped = host.backend.region_map(region.index) if lease.claimed else None
+        may_map = lease.claimed and may_be_mapped(host, region.index)
+        mapped = host.backend.region_map(region.index) if may_map else None
         if mapped is not None:
             place = len(fds)
             fds.append(mapped.fd)
@@ -65,7 +66,7 @@ def _describe_regions(lease: Lease, host: FunctionHost, fds: list[int]) -> list[
                 size=region.size,
                 readable=region.readable,
                 writable=region.writable,
-                areas=[(area.offset, area.size) for area in region.areas],
+                areas=[(area.offset, area.size) for area in region.areas] if may_map else [],
                 file_offset=region.file_offset,
                 fd=place,
             )
@@ -82,6 +83,18 @@ def control_memory(lease: Lease, stack: ExitStack) -> ControlMemory | None:
     stack.callback(mapping.close)
     sizes = [size for _, size in slab.memory.extents]
     return ControlMemory(mapping.array.data, SgList.of(zip(slab.iovas, sizes, strict=True)))
+
+
+def may_be_mapped(host: FunctionHost, index: int) -> bool:
+    """Whether clients may map a BAR: not the engine's, where nothing stands between it and memory.
+
+    A window can outlive its process in a child or a descriptor that was passed on, and nobody can
+    take it back. With a translation, what it starts then reaches only what is still mapped; without
+    one it reaches everybody's memory, after every sign of its owner's death. There the accesses go
+    through the keeper, which carries none for the dead.
+    """
+    translated = host.backend.promises.strict_unmap and host.arena_iova is None
+    return translated or index not in host.facts.engine_bars
 
 
 def describe_slab(slab: HeldSlab, fds: list[int]) -> wire.SlabInfo:

@@ -260,7 +260,7 @@ class FunctionHost:
         """Raise if there is no driver to ask: in safe mode, or while it hangs."""
         if self.safe:
             raise NotSupported(
-                "the keeper is in safe mode after several crashes: no driver is loaded",
+                "the keeper is in safe mode: no driver is loaded",
                 operation=operation,
                 target=str(self.target),
                 hint="close the leases that are left and let the keeper end, then open it again",

@@ -208,6 +208,7 @@ class _Household:
             faults=self.service.faults if asked_for else "",
             siblings=self._siblings(target),
             space=self.space,
+            safe=self.orders.safe,
         )
 
     def _keeper(self, inherited: Inherited) -> Keeper:

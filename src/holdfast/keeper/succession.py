@@ -36,9 +36,8 @@ from holdfast.dma.slab import Arena, OwnFiles, SlabMemory, SlabSource
 from holdfast.driver import Driver
 from holdfast.errors import DeviceGone, HoldfastError, StaysStuck
 from holdfast.keeper.access import BackendAccess, set_bus_master
-from holdfast.keeper.addresses import dma_bits, iova_range, usable_range
 from holdfast.keeper.asking import guarded
-from holdfast.keeper.bringing_up import bring_up, find_driver, hold_backend, shared_space
+from holdfast.keeper.bringing_up import bring_up, find_driver, hold_backend
 from holdfast.keeper.continuity import Continuity, Inherited
 from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.held import FunctionProcess, Scope, find_handover
@@ -68,17 +67,17 @@ def inherit(
     steps.reach("keeper.adopting")
     if scope.find("backend") is None:
         # It was closed on purpose, between two users, when nobody had a lease.
-        return bring_up(target, scope, siblings=siblings, space=space)
+        return bring_up(target, scope, siblings=siblings, space=space, safe=orders.safe)
     process = _process(scope)
     try:
         journal, contents = Journal.open(_only(scope, "journal"))
     except Corrupt as error:
         sys.stderr.write(f"holdfast: {target}: {error}: starting from what the anchor holds\n")
-        return _from_wreck(target, scope, orders, process, siblings, space)
+        return _from_wreck(target, scope, orders, process, space)
     counters = HostRecord(contents.host.last_lease, orders.successions)
     journal.host(counters)
     backend = _resume(target, scope, process, _memories(scope, contents), _files(scope, contents))
-    host = _host(target, scope, orders, backend, process, siblings, space)
+    host = _host(target, scope, orders, backend, process, space)
     for entry in contents.entries.values():
         host.space.claim(*page_span(entry), retired=entry.state is MapState.RETIRED)
     for record in contents.leases.values():
@@ -160,39 +159,35 @@ def _host(
     orders: Orders,
     backend: FunctionBackend,
     process: FunctionProcess | None,
-    siblings: Sequence[Target],
     space: IovaSpace | None,
 ) -> FunctionHost:
     """The function with its driver, sources and interrupts, read and not written to."""
     access = BackendAccess(backend, str(target))
-    driver = _driver(target, access, safe=orders.safe)
-    if space is None and siblings:
-        space = shared_space([target, *siblings], backend)
+    resumed = None if orders.safe else _driver(target, access)
+    driver = resumed or Driver(access)
     arena = scope.find("arena")
-    bits = dma_bits(target, type(driver))
-    base, limit = usable_range(*iova_range(bits), backend.iova_ranges)
     source: SlabSource
     if arena is not None:
         (fd,), note = arena
         source = Arena.resume(fd, note["size"])
-        base += note["size"]
     else:
         source = backend.memory() or OwnFiles()
     up = scope.find("up")
-    kind = up[1]["irq_index"] if up is not None else None
+    assert up is not None
+    kind = up[1]["irq_index"]
     host = FunctionHost(
         target=target,
         holder=scope,
         access=access,
         driver=driver,
-        space=space or IovaSpace(base, limit),
+        space=space or IovaSpace(up[1]["base"], up[1]["limit"]),
         source=source,
         arena_iova=Iova(arena[1]["iova"]) if arena is not None else None,
         irq_index=IrqIndex(kind) if kind is not None else None,
         irq_fds=list(_irqs(scope)),
         free_channels=set(range(driver.channels())),
         child=process,
-        safe=orders.safe,
+        safe=resumed is None,
     )
     if host.irq_index is not None and _carries_interrupts(scope):
         backend.set_irqs(host.irq_index, 0, host.irq_fds)
@@ -218,10 +213,8 @@ def _irqs(scope: Scope) -> Iterator[int]:
         yield from found[0]
 
 
-def _driver(target: Target, access: BackendAccess, *, safe: bool) -> Driver:
-    """The driver, as it must be in the middle of its work. None of it if that cannot be had."""
-    if safe:
-        return Driver(access)
+def _driver(target: Target, access: BackendAccess) -> Driver | None:
+    """The driver, as it must be in the middle of its work. None if that cannot be had."""
     found: SimpleQueue[Driver | HoldfastError] = SimpleQueue()
 
     def resume() -> None:
@@ -240,7 +233,7 @@ def _driver(target: Target, access: BackendAccess, *, safe: bool) -> Driver:
         raise driver
     if isinstance(driver, HoldfastError):
         sys.stderr.write(f"holdfast: {target}: its driver cannot go on ({driver}): none is used\n")
-        return Driver(access)
+        return None
     return driver
 
 
@@ -258,13 +251,12 @@ def _from_wreck(
     scope: Scope,
     orders: Orders,
     process: FunctionProcess | None,
-    siblings: Sequence[Target],
     space: IovaSpace | None,
 ) -> Inherited:
     """Bus master off, unmap all, and keep all memory that the anchor holds."""
     backend = _resume(target, scope, process)
     set_bus_master(backend, target, on=False)
-    host = _host(target, scope, orders, backend, process, siblings, space)
+    host = _host(target, scope, orders, backend, process, space)
     if host.arena_iova is None:  # else it stands for memory that cannot be unmapped
         try:
             backend.dma_unmap_all()
