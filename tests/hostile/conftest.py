@@ -75,7 +75,8 @@ class StubbornFiles:
     SIZE = 1 << 20
     FORGET, GETATTR, OPEN, READ, FLUSH, INTERRUPT, BATCH_FORGET = 2, 3, 14, 15, 25, 36, 42
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, tells_size: bool = True) -> None:
+        self._tells_size = tells_size
         libc = ctypes.CDLL(None, use_errno=True)
         self._device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0".encode()
@@ -105,7 +106,7 @@ class StubbornFiles:
         while True:
             request = os.read(self._device, 1 << 17)
             _, opcode, unique, node = struct.unpack_from("=IIQQ", request)
-            if opcode == self.OPEN:
+            if opcode == self.OPEN and not self._tells_size:
                 silent.add(self.GETATTR)  # from now on not even what fstat(2) wants to know
             if opcode not in silent:
                 body, error = self._answer(opcode, node)
@@ -128,7 +129,7 @@ class StubbornFiles:
 
 
 @pytest.fixture
-def stubborn_files() -> Callable[[str], StubbornFiles]:
+def stubborn_files() -> Callable[..., StubbornFiles]:
     """Makes one in a forked child; skips where that is not allowed."""
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("needs root and /dev/fuse to mount a file system")
