@@ -73,9 +73,10 @@ class StubbornFiles:
 
     NEWNS, PRIVATE = 0x20000, (1 << 14) | (1 << 18)
     SIZE = 1 << 20
-    FORGET, READ, FLUSH, INTERRUPT, BATCH_FORGET = 2, 15, 25, 36, 42
+    FORGET, GETATTR, OPEN, READ, FLUSH, INTERRUPT, BATCH_FORGET = 2, 3, 14, 15, 25, 36, 42
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, tells_size: bool = True) -> None:
+        self._tells_size = tells_size
         libc = ctypes.CDLL(None, use_errno=True)
         self._device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0".encode()
@@ -101,16 +102,13 @@ class StubbornFiles:
         return np.frombuffer(mmap.mmap(self.open(), self.SIZE), np.uint8)
 
     def _serve(self) -> None:
+        silent = {self.FORGET, self.READ, self.FLUSH, self.INTERRUPT, self.BATCH_FORGET}
         while True:
             request = os.read(self._device, 1 << 17)
             _, opcode, unique, node = struct.unpack_from("=IIQQ", request)
-            if opcode not in (
-                self.FORGET,
-                self.READ,
-                self.FLUSH,
-                self.INTERRUPT,
-                self.BATCH_FORGET,
-            ):
+            if opcode == self.OPEN and not self._tells_size:
+                silent.add(self.GETATTR)  # from now on not even what fstat(2) wants to know
+            if opcode not in silent:
                 body, error = self._answer(opcode, node)
                 os.write(self._device, struct.pack("=IiQ", 16 + len(body), error, unique) + body)
 
@@ -120,7 +118,7 @@ class StubbornFiles:
             0o40755 if node == 1 and opcode != 1 else 0o100666, 1, 0, 0, 0, 4096, 0,
         )  # fmt: skip
         answers = {
-            1: struct.pack("=4QII", 2, 0, 3600, 3600, 0, 0) + attributes,  # LOOKUP
+            1: struct.pack("=4QII", 2, 0, 3600, 0, 0, 0) + attributes,  # LOOKUP
             3: struct.pack("=QII", 3600, 0, 0) + attributes,  # GETATTR
             14: struct.pack("=QII", 1, 0, 0),  # OPEN
             18: b"",  # RELEASE
@@ -131,7 +129,7 @@ class StubbornFiles:
 
 
 @pytest.fixture
-def stubborn_files() -> Callable[[str], StubbornFiles]:
+def stubborn_files() -> Callable[..., StubbornFiles]:
     """Makes one in a forked child; skips where that is not allowed."""
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("needs root and /dev/fuse to mount a file system")

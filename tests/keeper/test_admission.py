@@ -80,7 +80,7 @@ def test_operator_requests_are_for_whoever_runs_the_keeper() -> None:
 
 TOLD: dict[str, Any] = {
     "lease": 3, "uid": GUEST, "state": "draining", "bytes": 4096, "pid": 4711, "lifeline": 99,
-    "run": "token", "log": [("alive", 1, "opened")], "process_dead": True, "withheld": ["x"],
+    "run": 4242, "log": [("alive", 1, "opened")], "process_dead": True, "withheld": ["x"],
     "something new": {"iova": 1 << 32},
 }  # fmt: skip
 
@@ -91,15 +91,15 @@ def test_others_see_that_a_lease_is_there_but_not_who_and_where() -> None:
         "lease": 3, "uid": GUEST, "state": "draining", "bytes": 4096,
     }  # fmt: skip
     assert seen["pid"] == 0
-    assert seen["run"] == ""
+    assert seen["run"] == 0
     assert not seen["log"]
     assert not seen["something new"], "what is not known to be public is not shown"
     assert seen.keys() == TOLD.keys()
     for everything in (visible(TOLD, None), visible(TOLD, peer(GUEST)), visible(TOLD, peer(0)),
-                       visible(TOLD, peer(STRANGER), "token")):  # fmt: skip
+                       visible(TOLD, peer(STRANGER), 4242)):  # fmt: skip
         assert everything == TOLD
-    assert visible(TOLD, peer(STRANGER), "guess")["pid"] == 0
-    assert visible({**TOLD, "run": ""}, peer(STRANGER), "")["pid"] == 0
+    assert visible(TOLD, peer(STRANGER), 4243)["pid"] == 0
+    assert visible({**TOLD, "run": 0}, peer(STRANGER), 0)["pid"] == 0
 
 
 def test_silent_connections_of_one_user_are_bounded_and_told_why() -> None:

@@ -134,7 +134,7 @@ def _is_direct(lease: Lease) -> bool:
     return lease.claimed and lease.access in (Access.EXCLUSIVE, Access.SHARED)
 
 
-def visible(told: Mapping[str, Any], viewer: Peer | None, token: str = "") -> dict[str, Any]:
+def visible(told: Mapping[str, Any], viewer: Peer | None, token: int = 0) -> dict[str, Any]:
     """A lease's description as ``viewer`` may see it; None is the keeper itself.
 
     ``token`` is that of the run which the viewer watches: who knows it started the lease's process.

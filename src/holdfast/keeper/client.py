@@ -76,7 +76,7 @@ class LeaseClient:
                 version=wire.VERSION,
                 client=f"pid {os.getpid()}",
                 lifeline=procfs.socket_inode(self._sock),
-                run=os.environ.get(embedded.RUN_VARIABLE, "")[:64],
+                run=embedded.run_token(),
             )
             reply, _ = self.request(hello, [own])
         finally:
@@ -328,7 +328,7 @@ class LeaseClient:
         self.grant = again.grant
         return take_bells(again.bells, fds)
 
-    def ps(self, after: int = 0, run: str = "") -> dict[str, Any]:
+    def ps(self, after: int = 0, run: int = 0) -> dict[str, Any]:
         """One page of the keeper's leases, see ``wire.lease.Ps``."""
         reply, _ = self.request(wire.Ps(after=after, run=run))
         value = expect(reply, wire.Result).value
@@ -336,7 +336,7 @@ class LeaseClient:
             raise ProtocolError("ps did not answer with a dict", operation="ps")
         return value
 
-    def ps_all(self, after: int = 0, run: str = "") -> dict[str, Any]:
+    def ps_all(self, after: int = 0, run: int = 0) -> dict[str, Any]:
         """All leases above ``after``, living and ended, in one answer."""
         told = self.ps(after, run)
         while told["more"]:

@@ -54,6 +54,15 @@ START_TIMEOUT = 60.0
 MAX_READY_LINE = 65536
 
 
+def run_token() -> int:
+    """The token of the ``holdfast run`` that this process is a part of; 0 if it is of none."""
+    text = os.environ.get(RUN_VARIABLE, "")
+    try:
+        return int(text, 16) & ((1 << 63) - 1)
+    except ValueError:
+        return 0
+
+
 def runtime_dir() -> Path:
     """The user's private directory for sockets, made if missing.
 

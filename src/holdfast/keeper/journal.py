@@ -143,6 +143,7 @@ class LeaseRecord:
     """Bit mask."""
     lifeline: int
     noticed_ns: int = 0
+    run: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +286,7 @@ class Journal:
             record.vectors,
             record.lifeline,
             record.noticed_ns,
+            record.run,
         )
         flags = int(record.marks) | record.access << 8 | record.policy << 12
         self._put(Kind.LEASE, record.number, record.stage, flags, 0, fields)
@@ -399,7 +401,7 @@ class Journal:
                 f[1],
                 f[2] & 0xFFFF_FFFF,
                 f[2] >> 32,
-                *f[3:7],
+                *f[3:8],
             )
             contents.leases[lease.number] = lease
         elif kind is Kind.MAPPING:

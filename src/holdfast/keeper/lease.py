@@ -125,8 +125,8 @@ class Lease:
     """Its rings, if the keeper posts for it."""
     lifeline: int = 0
     """Inode of the client's end of the lease's socket, as the client says."""
-    run: str = ""
-    """Token of the ``holdfast run`` that its process is a part of, as the client says."""
+    run: int = 0
+    """Token of the ``holdfast run`` that its process is a part of, as the client says; 0: none."""
     hung_up: bool = False
     process_dead: bool = False
 
@@ -192,6 +192,7 @@ class Lease:
             _mask(self.grant.vectors),
             self.lifeline,
             self.noticed_ns,
+            self.run,
         )
 
     @classmethod
@@ -215,6 +216,7 @@ class Lease:
             stage=record.stage,
             lifeline=record.lifeline,
             noticed_ns=record.noticed_ns,
+            run=record.run,
         )
         if Mark.GOODBYE in record.marks:
             lease.signal(goodbye=True)

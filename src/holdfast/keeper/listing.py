@@ -18,7 +18,7 @@ def page(
     leases: Iterable[Lease],
     after: int,
     viewer: Peer | None,
-    run: str,
+    run: int,
 ) -> tuple[list[dict[str, Any]], bool]:
     """The first leases numbered above ``after``, ended or not, and whether there are more.
 

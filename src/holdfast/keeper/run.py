@@ -156,7 +156,7 @@ class Run:
         self._command = list(command)
         self._patience = patience
         self._say = say
-        self._leases = RunLeases(target, secrets.token_hex(16))
+        self._leases = RunLeases(target, secrets.randbits(62) + 1)
         self._outcome = Outcome()
         self._pid = 0
         self._interrupted = 0.0
@@ -319,9 +319,9 @@ class Run:
             )
 
 
-def _start(command: list[str], token: str) -> int:
+def _start(command: list[str], token: int) -> int:
     """The command in a process of its own, with this process's terminal, group and descriptors."""
-    environment = {**os.environ, RUN_VARIABLE: token}
+    environment = {**os.environ, RUN_VARIABLE: f"{token:x}"}
     try:
         return os.posix_spawnp(
             command[0], command, environment, setsigmask=[], setsigdef=[signal.SIGPIPE]

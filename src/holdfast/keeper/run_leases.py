@@ -38,7 +38,7 @@ class RunLeases:
     that ends when idle does not."""
 
     target: Target
-    token: str
+    token: int
     leases: dict[int, Told] = field(default_factory=dict)
     """What was last heard of each of the run's leases."""
     lost: list[Told] = field(default_factory=list)

@@ -18,32 +18,27 @@ import socket
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast import steps
-from holdfast.dma.ledger import Ledger, Quota
+from holdfast.dma.ledger import Ledger
 from holdfast.errors import (
-    DeviceGone,
     HoldfastError,
-    KeeperUnreachable,
     NoPermission,
     ProtocolError,
     QuarantineFull,
     UsageError,
-    VersionMismatch,
     to_fields,
 )
 from holdfast.keeper import admission
-from holdfast.keeper.admission import AllowList
 from holdfast.keeper.adoption import adopt_leases
 from holdfast.keeper.aftermath import give_channels_back
 from holdfast.keeper.anchor_link import AnchorLink
 from holdfast.keeper.connection import Connection, Traffic
 from holdfast.keeper.continuity import Inherited
-from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.event_log import EventLog
 from holdfast.keeper.gate import GREETING, Gate
+from holdfast.keeper.greeting import greet
 from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.listing import page
@@ -52,11 +47,14 @@ from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.proving import Proving
 from holdfast.keeper.quiesce import Quiesce
 from holdfast.keeper.session import Session
+from holdfast.keeper.settings import Settings
 from holdfast.keeper.state import Machine, State
 from holdfast.keeper.unit import Unit
-from holdfast.kernel import disposal, pidfd, procfs
-from holdfast.values import Access, Iova, LeaseId, Policy
+from holdfast.kernel import pidfd, procfs
+from holdfast.values import Access, Iova, LeaseId
 from holdfast.wire import lease as wire
+
+__all__ = ["Keeper", "Settings"]
 
 HISTORY = 4096
 """How many ended leases ``ps`` can still tell about."""
@@ -64,29 +62,6 @@ WIND_UP_POLL = 0.05
 """Seconds between two looks at whether what is still dying has come to quarantine."""
 LEAVE_GRACE = 5.0
 """Seconds that clients have to let go of a function that the system wants back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a keeper behaves. Bytes and seconds."""
-
-    policy: Policy = Policy.DRAIN
-    quota: int = 1 << 30
-    buffers: int = 65536
-    requests: int = 1024
-    """Most mediated requests that one lease may have in flight."""
-    per_user: Quota = field(default_factory=Quota)
-    """Bytes and pieces of memory of one user, over all leases."""
-    user_leases: int | None = None
-    """Most leases of one user, dying ones included; None: no limit."""
-    allow: AllowList = field(default_factory=AllowList)
-    """Who may come in besides the keeper's own user and root."""
-    quarantine_bound: int = 1 << 30
-    idle: float | None = None
-    """End after this long without a client; None: stay."""
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    card_windows: int = 1
-    """Into how many parts the card's memory is cut, one for each mediated lease; 1: not at all."""
 
 
 class Keeper:
@@ -121,7 +96,7 @@ class Keeper:
         self._quiet_since = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._request_fd: int | None = None
-        self._leaving = False
+        self.leaving = False
         self._one_less = asyncio.Event()
         self.mediation = Mediation(self)
         self.watch()
@@ -147,7 +122,7 @@ class Keeper:
     def _requested(self) -> None:
         """An unbind or a hot-removal waits for us (vfio_main.c ``vfio_unregister_group_dev``)."""
         self.unwatch()
-        self._leaving = True
+        self.leaving = True
         for session in list(self.sessions.values()):
             session.notify("leave", "the system wants the function back")
         self.host.keep(self._leave())
@@ -203,6 +178,11 @@ class Keeper:
                 os.unlink(listener.getsockname())
             listener.close()
             await self._wind_up()
+
+    @property
+    def ending(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stop.is_set()
 
     def stop(self) -> None:
         """End serving: living leases are treated as dead, and quieted by their policy."""
@@ -272,7 +252,7 @@ class Keeper:
         lease: Lease | None = None
         try:
             try:
-                greeted = await self._greet(connection)
+                greeted = await greet(self, connection)
             finally:
                 silence.cancel()
                 self._gate.greeted(user)
@@ -289,70 +269,6 @@ class Keeper:
         finally:
             self._gate.leave(user)
             self._hung_up(lease, connection)
-
-    async def _greet(self, connection: Connection) -> tuple[pidfd.Peer, wire.Hello] | None:
-        """The handshake: version and identity. None if the client left or was refused."""
-        packet, fds = await connection.receive()
-        if not packet:
-            return None
-        try:
-            offered = fds.pop(0) if fds else None
-            peer = pidfd.identify(connection.sock, offered)
-        except HoldfastError as error:
-            connection.send(wire.Failed(error=to_fields(error)))
-            return None
-        finally:
-            disposal.discard(fds)
-        try:
-            hello = wire.decode_request(packet)
-        except ProtocolError:
-            os.close(peer.pidfd)
-            raise
-        problem = self._refusal(hello, peer)
-        if problem is not None or not isinstance(hello, wire.Hello):
-            problem = problem or ProtocolError("say Hello first", operation="greet")
-            connection.send(wire.Failed(seq=hello.seq, error=to_fields(problem)))
-            os.close(peer.pidfd)
-            return None
-        connection.send(
-            wire.Welcome(
-                seq=hello.seq,
-                version=wire.VERSION,
-                target=str(self.host.target),
-                keeper=os.getpid(),
-                driver=self.host.facts.name,
-                policy=str(self.settings.policy),
-            )
-        )
-        return peer, hello
-
-    def _refusal(self, hello: wire.Request, peer: pidfd.Peer) -> HoldfastError | None:
-        target = str(self.host.target)
-        try:
-            self.settings.allow.require(peer, target)
-        except HoldfastError as error:
-            return error
-        if isinstance(hello, wire.Hello) and hello.version != wire.VERSION:
-            return VersionMismatch(
-                f"the client speaks version {hello.version}, the keeper {wire.VERSION}",
-                operation="greet",
-                target=target,
-            )
-        if self._leaving:
-            return DeviceGone(
-                "the system wants the function back",
-                operation="greet",
-                target=target,
-                hint="open it again once it is bound to its VFIO driver anew",
-            )
-        if self._stop.is_set():
-            return KeeperUnreachable(
-                "the keeper is ending",
-                operation="greet",
-                target=target,
-                hint="open the target again",
-            )
-        return None
 
     # -- leases ------------------------------------------------------------
 
@@ -534,7 +450,7 @@ class Keeper:
             and lease.machine.state in (State.ALIVE, State.FROZEN, State.DRAINING)
         ]
 
-    def ps(self, after: int, viewer: pidfd.Peer | None = None, run: str = "") -> dict[str, Any]:
+    def ps(self, after: int, viewer: pidfd.Peer | None = None, run: int = 0) -> dict[str, Any]:
         """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time.
 
         As ``viewer`` may see them; None is the keeper itself. With ``run`` only those of one run.

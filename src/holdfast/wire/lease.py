@@ -40,9 +40,6 @@ U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 
 
-Token = Annotated[str, msgspec.Meta(max_length=64)]
-
-
 class Message(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of all messages; ``seq`` pairs a reply with its request."""
 
@@ -59,8 +56,8 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     client: Name = ""
     lifeline: U63 = 0
     """Inode of the client's end of this socket: for showing who holds it, never trusted."""
-    run: Token = ""
-    """Token of the ``holdfast run`` that the client is a part of."""
+    run: U63 = 0
+    """Token of the ``holdfast run`` that the client is a part of; 0: none."""
 
 
 class Open(Message, frozen=True):
@@ -141,7 +138,7 @@ class Ps(Message, frozen=True):
     """
 
     after: U63 = 0
-    run: Token = ""
+    run: U63 = 0
     """If given: only leases of this ``holdfast run``."""
 
 
