@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from holdfast.keeper.connection import TURN, Connection
+from holdfast.keeper.connection import TURN, Connection, Traffic
 
 pytestmark = pytest.mark.usefixtures("clean")
 PACKETS = 200
@@ -17,7 +17,7 @@ PACKETS = 200
 def test_others_have_their_turn_while_one_client_never_stops() -> None:
     async def serve() -> int:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection = Connection(ours)
+        connection = Connection(ours, Traffic())
         turns = 0
 
         async def others() -> None:

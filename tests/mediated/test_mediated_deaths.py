@@ -25,8 +25,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
 LONG = 15.0
-SLOW = "emu:xdma?memory=4M&link_rate=16M&link_chunk=4096"
-"""A request of 1 MiB takes 1/16 s."""
+SLOW = "emu:xdma?memory=4M&link_rate=8M&link_chunk=4096"
+"""A request of 1 MiB takes 1/8 s."""
 SHORT = (
     "--drain-deadline", "0.2", "--stop-deadline", "0.2", "--isolate-deadline", "0.2",
     "--reset-deadline", "1",
@@ -120,8 +120,8 @@ def test_revoke_takes_the_dead_client_s_requests_out_of_the_queue(
         source, running = keep_busy(card)
         begun = time.monotonic()
         lease = released(stack, die_with_requests(stack, 64))
-        # 8 MiB of it were posted: they alone take half a second, and were not waited for.
-        assert time.monotonic() - begun < 3
+        # All of it takes eight seconds.
+        assert time.monotonic() - begun < 6
         assert states(lease) == ["alive", "frozen", "stopping", "quiet", "released"]
         assert not lease["completed_after_death"]
         for transfer in running:
@@ -157,7 +157,7 @@ def test_a_reset_is_announced_and_the_others_requests_survive_it(
 def test_memory_waits_for_the_last_write_that_was_reported_too_early(
     serve: Callable[..., Stack],
 ) -> None:
-    stack = serve("emu:xdma?memory=4M&link_rate=16M", "--arena", "32M", "--test-faults",
+    stack = serve("emu:xdma?memory=4M&link_rate=2M", "--arena", "32M", "--test-faults",
                   "early_completion")  # fmt: skip
     pid = die_with_requests(stack, 1)
     with mediated(stack) as card:

@@ -303,7 +303,7 @@ def test_two_clients_that_flood_get_equal_shares(serve: Callable[..., Stack]) ->
 
 
 def test_a_quota_bounds_the_requests_in_flight(serve: Callable[..., Stack]) -> None:
-    stack = serve("emu:xdma?link_rate=1M&link_chunk=4096", "--requests", "5")
+    stack = serve("emu:xdma?link_rate=64K&link_chunk=4096", "--requests", "5")
     with mediated(stack) as card, mediated(stack) as other:
         host = card.alloc(4096)
         running = [card.dma.to_card(host) for _ in range(40)]

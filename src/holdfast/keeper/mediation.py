@@ -26,17 +26,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError
+from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from holdfast.contracts import Doorbell
 from holdfast.errors import Busy, Closed, HoldfastError, NotSupported, StaysStuck
-from holdfast.keeper.describe import close_bells, control_memory
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.mediated_lease import MediatedLease
+from holdfast.keeper.mediation_channels import DEADLINE, STATE, SharedChannels
 from holdfast.keeper.mediation_parts import Seat
 from holdfast.keeper.mediation_state import MediatorState
 from holdfast.keeper.mediator import Mediator
@@ -49,34 +46,17 @@ from holdfast.wire.rings import RING_BYTES, BufferTable, KeeperEnd, Limits
 if TYPE_CHECKING:
     from holdfast.keeper.server import Keeper
 
-T = TypeVar("T")
 
-STATE: Final = "mediator"
-"""What the anchor holds the mediator's own file under."""
-DEADLINE: Final = 5.0
-"""Seconds for a call of the mediator's thread or of the driver."""
-RETRY: Final = 1.0
-"""Seconds between two attempts to start a channel that failed."""
-
-
-class Mediation:
+class Mediation(SharedChannels):
     """Everything mediated of one function. Loop only."""
 
     def __init__(self, keeper: Keeper) -> None:
         self.keeper = keeper
-        self.host = keeper.host
+        super().__init__(keeper.host)
         self._moved_out = asyncio.Event()
         self._coming = 0
         """Leases that are about to get their rings: the keeper does not move out before them."""
         self.leases: dict[int, MediatedLease] = {}
-        self.house: Lease | None = None
-        self.mediator: Mediator | None = None
-        self._state: MediatorState | None = None
-        self._poster: Poster | None = None
-        self._bells: list[tuple[int, Doorbell]] = []
-        self._restarting = asyncio.Lock()
-        self._recovering = False
-        self._loop = asyncio.get_running_loop()
 
     # -- leases ------------------------------------------------------------
 
@@ -198,19 +178,6 @@ class Mediation:
             if slab.number != but
         )
 
-    def describe(self) -> dict[str, Any] | None:
-        """What ``ps`` tells of the mediator, if there is one: work done, processor seconds used by
-        its thread and by the whole keeper."""
-        mediator = self.mediator
-        if mediator is None:
-            return None
-        return {
-            "requests": mediator.requests,
-            "batches": mediator.batches,
-            "cpu_s": mediator.cpu_seconds(),
-            "keeper_cpu_s": time.process_time(),
-        }
-
     # -- the house lease ------------------------------------------------------------
 
     async def _move_in(self) -> None:
@@ -255,27 +222,7 @@ class Mediation:
         self.keeper.leases[lease.number] = lease
         return lease
 
-    def _end_thread(self) -> None:
-        mediator, self.mediator = self.mediator, None
-        if mediator is not None:
-            mediator.close()  # it never blocks, so neither does this
-        if self._state is not None:
-            self.host.holder.drop(STATE)
-            self._state.close()
-            self._state = None
-        self._poster = None
-        close_bells(self._bells)
-        self._bells = []
-
-    def close(self) -> None:
-        """The keeper ends: nothing is posted any more. Idempotent."""
-        self._end_thread()
-
     # -- succession ------------------------------------------------------------
-
-    def descriptors(self) -> dict[str, int]:
-        """What a successor of this keeper needs besides that of its leases; they stay ours."""
-        return {STATE: self._state.fd} if self._state is not None else {}
 
     async def resume(
         self,
@@ -326,116 +273,3 @@ class Mediation:
         self.leases[number] = held
         lease.mediated = held
         await self.ask(lambda m: m.admit(seat))
-
-    # -- the engine ------------------------------------------------------------
-
-    async def ask(self, function: Callable[[Mediator], T]) -> T:
-        """Have the mediator's thread call something; StaysStuck if it does not in time."""
-        mediator = self.mediator
-        if mediator is None:
-            raise Closed("nothing is mediated", operation="mediate", target=str(self.host.target))
-        try:
-            async with asyncio.timeout(DEADLINE):
-                return await asyncio.wrap_future(mediator.call(lambda: function(mediator)))
-        except TimeoutError:
-            raise StaysStuck(
-                f"no answer within {DEADLINE:g} s", operation="mediate", target="mediator"
-            ) from None
-        except CancelledError as error:
-            raise Closed("the mediator has ended", operation="mediate") from error
-
-    async def engine_at_rest(self) -> bool:
-        """Whether the driver sees nothing in flight for anybody."""
-        house, driver = self.house, self.host.driver
-        if house is None:
-            return True
-        return not await self.host.drive(DEADLINE, lambda: driver.in_flight(house.channels))
-
-    async def restart(self, deadline: float = DEADLINE) -> bool:
-        """Stop the channels, start them anew, post again what living clients had in flight.
-
-        False if the function did not acknowledge the stop; ``deadline`` seconds bound it. Then
-        nothing is posted until a later attempt succeeds: a channel that was told to stop may be
-        stopped by now.
-        """
-        house, driver = self.house, self.host.driver
-        if house is None:
-            return True
-        async with self._restarting:
-            await self.ask(Mediator.pause)
-            stopped = False
-            try:
-                stopped = await self.host.drive(deadline, lambda: driver.stop(house.channels))
-                if stopped:
-                    await self.ask(Mediator.detach)
-                    await self._start()
-            except BaseException:
-                stopped = False
-                raise
-            finally:
-                if not stopped:
-                    self._in_trouble("the engine did not acknowledge a stop")
-            return stopped
-
-    async def _start(self) -> None:
-        """Grant the stopped channels anew and hand them to the mediator."""
-        host, driver, house = self.host, self.host.driver, self.house
-        assert house is not None
-        with ExitStack() as stack:
-            control = control_memory(house, stack)
-            house.grant = await host.drive(
-                DEADLINE, lambda: driver.grant(house.channels[:1], control)
-            )
-            fresh = await host.call(host.bells_for, house.grant.bells)
-            try:
-                poster = await host.drive(
-                    DEADLINE,
-                    lambda: driver.poster(house.channels[:1], control, _ringer(fresh)),
-                )
-                vectors = [
-                    -1 if lane.vector is None else host.irq_fds[lane.vector]
-                    for lane in poster.lanes
-                ]
-                await self.ask(lambda m: m.install(poster, vectors))
-            except BaseException:
-                close_bells(fresh)
-                raise
-        old, self._bells = self._bells, fresh
-        close_bells(old)
-        self._poster = poster
-
-    def _trouble(self, why: str) -> None:
-        """Called from the mediator's thread: it has paused."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._in_trouble, why)
-
-    def _in_trouble(self, why: str) -> None:
-        if not self._recovering and self.mediator is not None:
-            self._recovering = True
-            self.host.keep(self._recover(why))
-
-    async def _recover(self, why: str) -> None:
-        """Start the channels anew, as soon as the function can be used."""
-        try:
-            while (house := self.house) is not None and self.mediator is not None:
-                house.note(why)
-                await self.host.usable.wait()
-                with contextlib.suppress(HoldfastError):
-                    if await self.restart():
-                        return
-                await asyncio.sleep(RETRY)
-        finally:
-            self._recovering = False
-
-
-def _ringer(
-    doorbells: list[tuple[int, Doorbell]],
-) -> Callable[[int, int], Callable[[int], None] | None]:
-    """Finds a doorbell's bell by BAR and offset."""
-    found = {(bar, bell.info.offset): bell.fd for bar, bell in doorbells}
-
-    def bell(bar: int, offset: int) -> Callable[[int], None] | None:
-        fd = found.get((bar, offset))
-        return None if fd is None else lambda count: events.ring(fd, count)
-
-    return bell

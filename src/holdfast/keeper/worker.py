@@ -28,7 +28,7 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self._calls: deque[tuple[Callable[[], None], Callable[[], bool]]] = deque()
+        self._calls: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
         self._bell = events.make()
         self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._wake: dict[int, Callable[[], object]] = {}
@@ -50,10 +50,15 @@ class Worker:
             except BaseException as error:  # noqa: BLE001 - raised again where it was asked for
                 answer.set_exception(error)
 
+        def refuse() -> None:
+            # Not cancelled: whoever waits in a coroutine would take it for its own cancellation.
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(Closed("the thread has ended", operation="call"))
+
         with self._lock:
             if self._ended:
                 raise Closed("the thread has ended", operation="call")
-            self._calls.append((carry_out, answer.cancel))
+            self._calls.append((carry_out, refuse))
             events.ring(self._bell)
         return answer
 
@@ -63,7 +68,7 @@ class Worker:
         return time.clock_gettime(time.pthread_getcpuclockid(ident)) if ident else 0.0
 
     def close(self) -> None:
-        """End the thread; what it was asked and has not done is cancelled. Idempotent."""
+        """End the thread; what it was asked and has not done ends with Closed. Idempotent."""
         with self._lock:
             if self._ended:
                 return
