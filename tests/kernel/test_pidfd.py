@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from holdfast.errors import NoPermission, ProtocolError
+from holdfast.errors import HoldfastError, NoPermission, ProtocolError
 from holdfast.kernel import pidfd
 from holdfast.torture.outside import settle
 
@@ -129,3 +130,29 @@ def test_death_shows_in_the_pidfd() -> None:
         assert pidfd.is_dead(fd)
     finally:
         os.close(fd)
+
+
+def test_a_process_with_a_thread_left_is_not_dead() -> None:
+    """Its memory and descriptors are still there, though its first thread has ended."""
+    program = (
+        "import ctypes, sys, threading\n"
+        "threading.Thread(target=sys.stdin.read, daemon=True).start()\n"
+        "print(flush=True)\n"
+        "ctypes.CDLL(None).syscall(60, 0)\n"  # exit(2): this thread alone
+    )
+    command = [sys.executable, "-I", "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        fd = pidfd.open_process(child.pid)
+        assert child.stdout is not None
+        assert child.stdout.read(1)
+        state = Path(f"/proc/{child.pid}/stat")
+        while state.read_text(encoding="ascii").rsplit(")", 1)[1].split()[0] != "Z":
+            pass
+        assert not pidfd.is_dead(fd)
+        assert not pidfd.await_death(fd, 0.05)
+        assert pidfd.kill(fd)
+        assert pidfd.await_death(fd, 10)
+    assert not pidfd.kill(fd), "it was reaped"
+    with pytest.raises(HoldfastError):
+        pidfd.open_process(child.pid)
+    os.close(fd)
