@@ -12,6 +12,7 @@ import os
 import time
 import weakref
 
+from holdfast import steps
 from holdfast.bar import Bar, Config
 from holdfast.device import Device
 from holdfast.driver import ControlMemory, Driver, find
@@ -37,7 +38,9 @@ def connect(target: Target, timeout: float | None = None) -> LeaseClient:
     """Connect to the target's keeper, starting one if the target allows it, and greet it."""
     deadline = time.monotonic() + SUCCESSION
     while True:
+        steps.reach("client.connecting")
         client = LeaseClient(embedded.connect(target, timeout), target)
+        steps.reach("client.connected")
         _clients.add(client)
         try:
             _require_options(client.greet(), target)
@@ -51,6 +54,7 @@ def connect(target: Target, timeout: float | None = None) -> LeaseClient:
             client.close()
             raise
         else:
+            steps.reach("client.greeted")
             return client
 
 
@@ -130,6 +134,7 @@ def _open(
 ) -> Device:
     reply, fds = client.request(wire.Open(access=access, channels=channels))
     opened = expect(reply, wire.Opened)
+    steps.reach("client.opened")
     client.number = opened.lease
     client.access = opened.access
     client.channels = tuple(opened.channels)
@@ -141,6 +146,7 @@ def _open(
     finally:
         close_all([fd for place, fd in enumerate(fds) if place not in taken])
     _devices.add(device)
+    steps.reach("client.mapped")
     return device
 
 
