@@ -35,7 +35,7 @@ LIFE = 40.0
 """Seconds that a client's life may take where the function keeps its promises."""
 FAULTY_LIFE = 2.0
 """And where it does not: then a client may wait for ever, and is killed."""
-PATIENCE = 0.05
+PATIENCE = 0.1
 """Seconds that a victim waits: what a client has in flight, and one transfer for good measure."""
 FAULTY_PATIENCE = 0.15
 
@@ -266,7 +266,10 @@ class Lane:
         record.foreign, record.residue = int(told["foreign"]), int(told["residue"])
         record.iova = int(told["iova"])
         if last:
+            # With its stack the victim's lease has ended, and pages without an owner read as zero.
             self._end_victim()
+        else:
+            record.foreign += int(told["zeroed"])
 
     def _hear_victim(self, what: str) -> dict[str, Any]:
         assert self._victim is not None

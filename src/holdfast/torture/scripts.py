@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import holdfast
 from holdfast import steps
@@ -38,21 +39,21 @@ from holdfast.torture.actors import FOREIGN, OPEN_TIMEOUT
 
 Body = Callable[[int, int], None]
 
-NBYTES = 128 << 10
+NBYTES = 256 << 10
 """Bytes of one XDMA transfer."""
 DEPTH = 3
 ROUNDS = 3
 """Transfers in flight, and how many more are posted as they finish."""
-SECOND = 256 << 10
+SECOND = 512 << 10
 """Bytes of a second buffer: it needs a slab of its own."""
 PINNED = 32 << 10
 EDU_NBYTES = edu.BUFFER_SIZE - 64
-VICTIM = 512 << 10
+VICTIM = 768 << 10
 """Bytes that a victim takes: a client's rings and its first slab are of about this size."""
 SURVIVOR = 16 << 10
 SURVIVOR_AT = 768 << 10
-"""Card address of the survivor's transfers; below it is what the clients read."""
-FILLED = 512 << 10
+"""Card address of the survivor's transfers; the clients read from address 0."""
+FILLED = SURVIVOR_AT + SURVIVOR
 SURVIVOR_PAUSE = 0.004
 """Seconds between two rounds of a survivor: it is there to notice, not to load the card."""
 
@@ -153,7 +154,8 @@ def _live_xdma(card: Device, life: Life, wake: Callable[[], None]) -> None:
     if not isinstance(engine, XdmaEngine):
         raise UsageError(f"its driver is {card.driver!r}", operation="torture", target=life.target)
     buffer, second = card.alloc(NBYTES), card.alloc(SECOND)
-    buffer.array[:] = second.array[:] = 0
+    buffer.array[:] = 0
+    second.array[:] = mark = os.getpid() % 0x7F + 1  # 1..127: never FOREIGN, never zero
     own = np.zeros(PINNED, np.uint8)
     pin = card.pin(own)
     queue = engine.queue(Direction.C2H)
@@ -167,6 +169,7 @@ def _live_xdma(card: Device, life: Life, wake: Callable[[], None]) -> None:
     while running:
         running.pop(0).wait(life.patience)
     _check(buffer.array, own)
+    _check(second.array, byte=mark)
     pin.free()
     buffer.free()
     second.free()
@@ -180,21 +183,23 @@ def _live_edu(card: Device, life: Life, wake: Callable[[], None]) -> None:
     buffer = card.alloc(EDU_NBYTES, align=4096)
     second = card.alloc(SECOND)
     buffer.array[:] = 0
+    second.array[:] = mark = os.getpid() % 0x7F + 1
     own = np.zeros(1 << 12, np.uint8)
     pin = card.pin(own[:512])
     wake()
     engine.from_card(buffer).wait(life.patience)
     engine.from_card(pin).wait(life.patience)
     _check(buffer.array, own[:512])
+    _check(second.array, byte=mark)
     pin.free()
     buffer.free()
     second.free()
     card.trim()
 
 
-def _check(*pieces: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+def _check(*pieces: npt.NDArray[np.uint8], byte: int = FOREIGN) -> None:
     """A living client's own data, through whatever happened to its keeper."""
-    wrong = sum(int(np.count_nonzero(piece != FOREIGN)) for piece in pieces)
+    wrong = sum(int(np.count_nonzero(piece != byte)) for piece in pieces)
     if wrong:
         raise ValueError(f"{wrong} bytes of the client's own data are wrong")
 
@@ -269,8 +274,9 @@ def _be_a_victim(own: Device, reading: int, writing: int) -> None:
     say(writing, filled=True)
     if os.read(reading, 1) != b"j":
         return
-    foreign = int(np.count_nonzero(buffer.array != pattern))
-    say(writing, iova=int(buffer.iova), foreign=foreign, residue=residue)
+    zeroed = int(np.count_nonzero(buffer.array == 0))
+    foreign = int(np.count_nonzero(buffer.array != pattern)) - zeroed
+    say(writing, iova=int(buffer.iova), foreign=foreign, zeroed=zeroed, residue=residue)
     buffer.free()
     del buffer
     own.trim()

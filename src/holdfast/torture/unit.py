@@ -21,11 +21,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from holdfast import steps
 from holdfast.errors import HoldfastError
@@ -325,15 +326,29 @@ def run(
             "serve": list(serve),
         }
     )  # fmt: skip
+    with tempfile.TemporaryFile() as errors:
+        found = _run_elsewhere(job, progress, errors)
+        errors.seek(0)
+        said = errors.read()[-2000:].decode(errors="replace").strip()
+    if found is None:
+        setting = unit.setting
+        found = Found(str(unit), unit.number, str(setting.policy), setting.memory, setting.access,
+                      setting.faults, problem="the unit ended early")  # fmt: skip
+    if found.problem and said:
+        found.problem += f"; {said}"
+    return found
+
+
+def _run_elsewhere(job: str, progress: Callable[[int], None], errors: IO[bytes]) -> Found | None:
+    found: Found | None = None
     runner = subprocess.Popen(
         [sys.executable, "-m", "holdfast.torture.unit"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
     )
     assert runner.stdin is not None
     assert runner.stdout is not None
-    found: Found | None = None
     try:
         with contextlib.suppress(BrokenPipeError):
             runner.stdin.write(job.encode())
@@ -348,11 +363,7 @@ def run(
                 progress(done)
     finally:
         runner.stdout.close()
-        status = runner.wait()
-    if found is None:
-        setting = unit.setting
-        found = Found(str(unit), unit.number, str(setting.policy), setting.memory, setting.access,
-                      setting.faults, problem=f"the unit ended with status {status}")  # fmt: skip
+        runner.wait()
     return found
 
 
