@@ -170,7 +170,6 @@ def plan(wanted: Wanted) -> list[Unit]:
 
 def control(wanted: Wanted, kills: int) -> Unit:
     """The negative control: clients that die in mid-DMA, memory given back without proof."""
-    chance = random.Random(f"control {wanted.seed}")  # noqa: S311 - reproducible, not secret
     strikes = [Strike("client.doorbell", frozenset({"client"}), 3) for _ in range(kills)]
     access = "shared" if wanted.driver == "xdma" else "exclusive"
     # One at a time: else the next client has the frames before the victim, and looks for less.

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,7 @@ def html(campaign: Campaign) -> str:
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         f"<title>holdfast torture {escape(campaign.target)}</title><style>{_STYLE}</style></head>",
-        f"<body><h1>holdfast torture</h1><p><code>{escape(campaign.target)}</code>, "
-        f"seed {campaign.seed}, {campaign.seconds:.0f} s on {len(campaign.found)} stacks</p>",
+        _title(campaign),
         _verdict(campaign),
         "<h2>Figures</h2>",
         _figures(told),
@@ -77,6 +77,13 @@ def html(campaign: Campaign) -> str:
         "</body></html>",
     ]
     return "\n".join(parts)
+
+
+def _title(campaign: Campaign) -> str:
+    return (
+        f"<body><h1>holdfast torture</h1><p><code>{escape(campaign.target)}</code>, "
+        f"seed {campaign.seed}, {campaign.seconds:.0f} s on {len(campaign.found)} stacks</p>"
+    )
 
 
 def _verdict(campaign: Campaign) -> str:
@@ -110,8 +117,9 @@ def _figures(told: Sequence[Tally]) -> str:
     names = [name for name in rows[0] if name not in ("policy", "steps", "problems", "sigkills")]
     head = ["", *(one.policy for one in told)]
     lines: list[list[object]] = [[name, *(_cell(row[name]) for row in rows)] for name in names]
-    for role in rows[0]["sigkills"]:
-        lines.append([f"{role}s killed", *(row["sigkills"][role] for row in rows)])
+    for role, counts in rows[0]["sigkills"].items():
+        every = [counts, *(row["sigkills"][role] for row in rows[1:])]
+        lines.append([f"{role}s killed", *every])
     return _table(head, lines)
 
 
@@ -200,7 +208,7 @@ def line_of(unit: Found, record: dict[str, Any], lease: dict[str, Any] | None) -
     log = lease["log"] if lease is not None else []
     spans += [
         (state, at, following[1])
-        for (state, at, _), following in zip(log, log[1:], strict=False)
+        for (state, at, _), following in pairwise(log)
         if state != "alive" and following[1] > at
     ]
     released = record["released_ns"]

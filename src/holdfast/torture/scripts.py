@@ -98,7 +98,7 @@ def hear(reading: int, timeout: float) -> dict[str, Any] | None:
         if not piece:
             return None
         line += piece
-    told = json.loads(line)
+    told = json.loads(line.splitlines()[0])  # whoever ends at once may have said more
     return told if isinstance(told, dict) else None
 
 

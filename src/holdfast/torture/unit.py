@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -266,7 +267,11 @@ class _Run:
             os.write(report, json.dumps(asdict(record)).encode() + b"\n")
 
         def body(_: int, __: int) -> None:
-            Lane(self._unit, self._driver, number, board, tell).run(share)
+            try:
+                Lane(self._unit, self._driver, number, board, tell).run(share)
+            except BaseException:
+                traceback.print_exc()  # on stderr, which becomes the unit's problem
+                raise
 
         return body
 
