@@ -28,6 +28,7 @@ from holdfast.torture.actors import Child, spawn
 from holdfast.torture.eyes import POLL, SETTLED, Eyes
 from holdfast.torture.schedule import MOMENT, MOST_STRIKES, Case, Unit
 from holdfast.torture.scripts import Body, Life
+from holdfast.values import Policy
 
 HUNG_AFTER = 30.0
 """Seconds after which a lease that is not released hangs."""
@@ -38,6 +39,8 @@ FAULTY_LIFE = 2.0
 PATIENCE = 0.1
 """Seconds that a victim waits: what a client has in flight, and one transfer for good measure."""
 FAULTY_PATIENCE = 0.15
+CONTROL_PATIENCE = 0.3
+"""Where memory is given back too early, on a slower link."""
 
 
 @dataclass(slots=True)
@@ -133,10 +136,15 @@ class Lane:
             self._take()
         if not case.before_dma:
             # The card's time: nothing signals a write that must not come.
-            time.sleep(FAULTY_PATIENCE if self._unit.setting.faulty else PATIENCE)
+            time.sleep(self._patience())
         self._judge(record, last=case.fatal)
         for slot in self._slots:
             self._board.clear(slot)
+
+    def _patience(self) -> float:
+        if self._unit.setting.policy is Policy.RELEASE:
+            return CONTROL_PATIENCE
+        return FAULTY_PATIENCE if self._unit.setting.faulty else PATIENCE
 
     def _refresh(self, case: Case) -> None:
         """Say who is who, where those concerned do not say so themselves."""

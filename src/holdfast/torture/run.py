@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from holdfast.errors import UsageError
@@ -31,6 +31,9 @@ DEFAULTS = {
 """Options of emulated functions, where the target says nothing: a link slow enough that a process
 can die in the middle of a transfer, a delay short enough that thousands can."""
 CONTROL_KILLS = 12
+CONTROL_RATE = str(4 << 20)
+"""Bytes per second of the control's link: what is in flight must still come when a busy machine has
+noticed the death, given the memory away and let the victim fill it."""
 
 
 def ready(target: str) -> str:
@@ -39,6 +42,14 @@ def ready(target: str) -> str:
     if parsed.scheme != "emu" or parsed.rest not in DEFAULTS:
         return str(parsed)
     options = {**DEFAULTS[parsed.rest], **parsed.options}
+    return f"emu:{parsed.rest}?" + "&".join(f"{key}={value}" for key, value in options.items())
+
+
+def _slow(target: str) -> str:
+    parsed = Target.parse(target)
+    if "link_rate" not in parsed.options:
+        return target
+    options = {**parsed.options, "link_rate": CONTROL_RATE}
     return f"emu:{parsed.rest}?" + "&".join(f"{key}={value}" for key, value in options.items())
 
 
@@ -116,7 +127,7 @@ def run_campaign(
     """Plan and run. The same ``wanted`` has the same schedule anywhere."""
     units = plan(wanted)
     if with_control and Target.parse(wanted.target).scheme == "emu":
-        negative = control(wanted, CONTROL_KILLS)
+        negative = control(replace(wanted, target=_slow(wanted.target)), CONTROL_KILLS)
     else:
         negative = None
     return run_units(wanted.target, wanted.driver, wanted.seed, units, executor, progress,
