@@ -16,7 +16,7 @@ from holdfast.torture.outside import Machine, settle
 from holdfast.torture.plan import Wanted, control, plan
 from holdfast.torture.pool import run_all
 from holdfast.torture.schedule import Unit
-from holdfast.torture.shrink import Tester, shrink
+from holdfast.torture.shrink import Trial, shrink
 from holdfast.torture.stack import SERVE, Stack
 from holdfast.torture.tally import Problem, Tally
 from holdfast.torture.unit import SETTLE, Found
@@ -189,7 +189,7 @@ def shrink_failures(
         return bool(tallies.problems_of(unit, run_unit(unit, driver, serve=serve)))
 
     for number in sorted(failing)[:most]:
-        tester = Tester(fails)
+        trial = Trial(fails)
         suspects = sorted({p.case for p in failing[number] if p.case is not None})
-        smallest = shrink(by_number[number], suspects[:4], tester)
-        campaign.shrunk.append({"unit": number, "line": str(smallest), "runs": tester.runs})
+        smallest = shrink(by_number[number], suspects[:4], trial)
+        campaign.shrunk.append({"unit": number, "line": str(smallest), "runs": trial.runs})

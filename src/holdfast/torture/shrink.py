@@ -20,7 +20,7 @@ BUDGET = 60
 """Runs of a stack that shrinking may take."""
 
 
-class Tester:
+class Trial:
     """Asks whether a unit fails, a few times each, until the budget is used up."""
 
     def __init__(

@@ -138,10 +138,12 @@ class _Run:
         found = self._found
         found.started_ns = time.monotonic_ns()
         directory, files = "", frozenset[int]()
+        others = frozenset(procfs.memfds_named("holdfast-"))
         try:
             with ArmedStack(self._unit.target, options_of(self._unit), serve) as stack:
                 directory = stack.directory
-                files = self._on(stack)
+                # What was there before belongs to others: the card of a server of its own.
+                files = self._on(stack) - others
         except (HoldfastError, OSError, RuntimeError) as error:
             found.problem = found.problem or f"{type(error).__name__}: {error}"
         left = settle(lambda: _left_bytes(files), goal=0, timeout=SETTLE)
