@@ -208,8 +208,12 @@ def killed_at(record: dict[str, Any]) -> int:
 
 
 def states_of(lease: dict[str, Any]) -> dict[str, int]:
-    """When a lease entered each state last (CLOCK_MONOTONIC nanoseconds)."""
-    return {state: at for state, at, _ in lease["log"]}
+    """When a lease entered each state last, frozen first (CLOCK_MONOTONIC nanoseconds).
+
+    A successor treats everything as in flight and goes through the states again.
+    """
+    entered = {state: at for state, at, _ in lease["log"]}
+    return entered | {state: at for state, at, _ in reversed(lease["log"]) if state == "frozen"}
 
 
 def _add_lease(told: Tally, record: dict[str, Any], lease: dict[str, Any]) -> None:
