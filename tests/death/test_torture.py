@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A slice of the torture campaign: every role dies, nothing else is wrong, and the judge can see."""
+"""A slice of the torture campaign: every role dies, nothing is wrong, and the judge can see."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_report_and_trace_were_written(campaign: tuple[dict[str, Any], Path]) ->
 
 def test_a_campaign_without_the_guard_fails_and_says_how_to_replay_it() -> None:
     done = torture(
-        "emu:xdma?link_rate=4M", "--kills", "6", "--policy", "release", "--steps", "client.doorbell",
-        "--actors", "client", "--faults", "none",
+        "emu:xdma?link_rate=4M", "--kills", "6", "--policy", "release", "--faults", "none",
+        "--steps", "client.doorbell", "--actors", "client",
     )  # fmt: skip
     assert done.returncode == 1
     assert "foreign bytes in a victim's memory" in done.stdout
