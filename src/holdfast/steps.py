@@ -78,10 +78,11 @@ STEPS: Final[dict[str, str]] = {
     "keeper.unmapped": "it is unmapped; the journal says that it is mapped",
     "keeper.anchor.sent": "descriptors were sent to the anchor; it has not acknowledged",
     "keeper.anchor.acknowledged": "the anchor has duplicates of the descriptors",
+    "keeper.request_sent": "a request is on its way to the function; nobody read the answer",
     # the keeper, after a death
     "keeper.death.frozen": "a dead client's lease is frozen",
-    "keeper.death.quiet": "the function is proven quiet for it; nothing is unmapped",
-    "keeper.death.unmapped": "its memory is unmapped",
+    "keeper.death.quiet": "its memory cannot be written any more; nothing was given back",
+    "keeper.death.unmapped": "nothing of it is mapped any more; its pages are still its own",
     "keeper.death.punched": "its pages were given back to the kernel",
     "keeper.death.released": "its lease is released; the journal is not closed",
     "keeper.adopting": "a successor has the descriptors and has read nothing",
@@ -233,7 +234,7 @@ class Board:
         if role in _SELF_TELLING and self._told.get(role) != os.getpid():
             self.set_role(role, os.getpid())
             self._told[role] = os.getpid()
-        number = _NUMBERS[step]
+        number = _NUMBERS.get(step, 0)
         for base in range(_FIRST, _FIRST + SLOTS * _SLOT_WORDS, _SLOT_WORDS):
             if words[base] != _ARMED or words[base + _STEP] != number:
                 continue
