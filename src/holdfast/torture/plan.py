@@ -45,6 +45,9 @@ FAULTY_CASES: Final = 20
 _IN_PLACE = frozenset({"client.pin.reserved", "client.pin.placed"})
 _OF_SUCCESSION = frozenset({"keeper.adopting", "keeper.adopted"})
 _OF_DEATH = frozenset(name for name in STEPS if name.startswith("keeper.death."))
+_OF_RELAYS = frozenset(name for name in STEPS if name.startswith("keeper.relay_"))
+_OF_MAPS = frozenset(name for name in STEPS if name.startswith("keeper.alloc."))
+"""An arena is mapped once, as a whole: no slab of it is."""
 _OF_ANCHOR = frozenset(name for name in STEPS if name.startswith("keeper.anchor."))
 _MOST = {
     "client.alloc": 2, "client.alloc.granted": 2, "client.alloc.mapped": 2, "client.alloc.cut": 2,
@@ -119,6 +122,8 @@ def steps_of(wanted: Wanted) -> list[str]:
         role = name.partition(".")[0]
         if target.scheme != "pci" and name in _IN_PLACE:
             continue  # relayed pins are the keeper's own doing
+        if target.scheme == "pci" and name in _OF_RELAYS:
+            continue  # a card reaches pinned memory by itself
         if role == "function" and target.scheme != "emu":
             continue  # that process does not look at the board
         if name in _OF_SUCCESSION and "keeper" not in wanted.actors:
@@ -154,10 +159,12 @@ def plan(wanted: Wanted) -> list[Unit]:
     chance = random.Random(f"torture {wanted.seed}")  # noqa: S311 - reproducible, not secret
     units: list[Unit] = []
     left = wanted.kills
-    deck = _Deck(steps_of(wanted), chance)
-    for number, setting in enumerate(_settings(wanted), 1):
+    chosen = steps_of(wanted)
+    deck = _Deck(chosen, chance)
+    for number, setting in enumerate(_settings(wanted, chosen), 1):
         count = min(left, FAULTY_CASES if setting.faulty else wanted.unit)
-        cases = [_case(deck.deal(), wanted, setting, chance) for _ in range(count)]
+        unfit = _OF_MAPS if setting.memory == "arena" else frozenset()
+        cases = [_case(deck.deal(unfit), wanted, setting, chance) for _ in range(count)]
         fatal = _fatal(wanted, setting, chance)
         if fatal is not None and count > 1:
             cases[-1] = fatal
@@ -179,15 +186,16 @@ def control(wanted: Wanted, kills: int) -> Unit:
     return Unit(wanted.target, setting, tuple(Case((strike,)) for strike in strikes))
 
 
-def _settings(wanted: Wanted) -> Iterator[Setting]:
+def _settings(wanted: Wanted, chosen: Sequence[str]) -> Iterator[Setting]:
     """Stacks, one after the other, without end."""
     emulated = Target.parse(wanted.target).scheme == "emu"
+    arenas = emulated and not _OF_MAPS.issuperset(chosen)
     shareable = wanted.driver == "xdma"
     mixed = iter(_round(MIXED))
     number = 0
     while True:
         policy = wanted.policies[number % len(wanted.policies)]
-        arena = emulated and number // len(wanted.policies) % 2 == 0
+        arena = arenas and number // len(wanted.policies) % 2 == 0
         access = "shared" if shareable and number % 7 != 5 else "exclusive"
         faults = NO_FAULTS
         if wanted.faults not in ("mixed", NO_FAULTS):
@@ -212,11 +220,18 @@ class _Deck:
         self._chance = chance
         self._left: list[str] = []
 
-    def deal(self) -> str:
-        if not self._left:
-            self._left = list(self._cards)
-            self._chance.shuffle(self._left)
-        return self._left.pop()
+    def deal(self, unfit: frozenset[str] = frozenset()) -> str:
+        """The next card that fits; the others stay for later. Raises UsageError if none does."""
+        for _ in range(2):
+            for at in reversed(range(len(self._left))):
+                if self._left[at] not in unfit:
+                    return self._left.pop(at)
+            kept, fresh = self._left, list(self._cards)
+            self._chance.shuffle(fresh)
+            self._left = [*fresh, *kept[: len(self._cards)]]
+        raise UsageError(
+            f"none of {', '.join(self._cards)} is reached there", operation="plan torture"
+        )
 
 
 def _case(step: str, wanted: Wanted, setting: Setting, chance: random.Random) -> Case:

@@ -44,6 +44,8 @@ from holdfast.torture.stack import SERVE, Stack
 
 ARENA = 16 << 20
 SETTLE = 5.0
+END = 20.0
+"""Seconds in which every process of a stack that was ended must be gone."""
 HUNG_AFTER = 30.0
 START_TIMEOUT = 60.0
 ROLES = ("keeper", "anchor", "function", "standby")
@@ -148,9 +150,9 @@ class _Run:
                 files = self._on(stack) - others
         except (HoldfastError, OSError, RuntimeError) as error:
             found.problem = found.problem or f"{type(error).__name__}: {error}"
+        found.left_processes = settle(lambda: len(_processes_of(directory)), goal=0, timeout=END)
         left = settle(lambda: _left_bytes(files), goal=0, timeout=SETTLE)
         found.leaked_bytes = max(found.leaked_bytes, left)
-        found.left_processes = settle(lambda: len(_processes_of(directory)), goal=0, timeout=SETTLE)
         for pid in _processes_of(directory):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
