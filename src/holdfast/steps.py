@@ -80,8 +80,10 @@ STEPS: Final[dict[str, str]] = {
     "keeper.anchor.acknowledged": "the anchor has duplicates of the descriptors",
     "keeper.request_sent": "a request is on its way to the function; nobody read the answer",
     "keeper.relay_found": "the function asks for an access to a client's memory; it is not done",
-    "keeper.relay_carried": "the access is done; the function was not answered",
-    "keeper.relay_answered": "the function was answered; its request is still in the socket",
+    "keeper.relay_done": "the access is done; that is not written down",
+    "keeper.relay_carried": "it is written down that the access is done; no answer was given",
+    "keeper.relay_answered": "the function was answered; that is not written down",
+    "keeper.relay_noted": "it is written down; the request is still in the socket",
     "keeper.relay_taken": "its request was taken from the socket",
     # the keeper, after a death
     "keeper.death.frozen": "a dead client's lease is frozen",

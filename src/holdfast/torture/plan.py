@@ -29,6 +29,9 @@ from holdfast.values import Policy, Target
 
 UNIT: Final = 250
 """Cases of a unit: a second of starting for half a minute of killing."""
+SMALLEST: Final = 15
+SETTINGS: Final = 8
+"""A short campaign has smaller units, so that it sees as many settings as a long one."""
 FRESH: Final = 0.015
 """Share of the clients that are new interpreters; at least a hundredth is promised."""
 MOMENTS: Final = 0.1
@@ -161,8 +164,9 @@ def plan(wanted: Wanted) -> list[Unit]:
     left = wanted.kills
     chosen = steps_of(wanted)
     deck = _Deck(chosen, chance)
+    size = min(wanted.unit, max(SMALLEST, wanted.kills // SETTINGS))
     for number, setting in enumerate(_settings(wanted, chosen), 1):
-        count = min(left, FAULTY_CASES if setting.faulty else wanted.unit)
+        count = min(left, FAULTY_CASES, size) if setting.faulty else min(left, size)
         unfit = _OF_MAPS if setting.memory == "arena" else frozenset()
         cases = [_case(deck.deal(unfit), wanted, setting, chance) for _ in range(count)]
         fatal = _fatal(wanted, setting, chance)
