@@ -21,9 +21,10 @@ SOURCE = Path(holdfast.__file__).parent
 def calls_of_reach() -> list[tuple[str, Path, ast.Call, list[ast.AST]]]:
     """Every ``reach(...)``: the step, the file, the call, and the nodes around it."""
     found = []
+    names: set[str] = set()
 
     def walk(node: ast.AST, path: Path, around: list[ast.AST]) -> None:
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("steps.reach", "reach"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in names:
             [name] = node.args
             assert isinstance(name, ast.Constant), f"{path}:{node.lineno}: not a plain name"
             found.append((str(name.value), path, node, around))
@@ -31,6 +32,9 @@ def calls_of_reach() -> list[tuple[str, Path, ast.Call, list[ast.AST]]]:
             walk(child, path, [*around, node])
 
     for path in sorted(SOURCE.rglob("*.py")):
+        names = {"steps.reach"}
+        if "from holdfast.steps import reach" in path.read_text(encoding="utf-8"):
+            names.add("reach")
         walk(ast.parse(path.read_text(encoding="utf-8")), path, [])
     return found
 
