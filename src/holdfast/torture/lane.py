@@ -12,11 +12,13 @@ A lane never decides what is right: it writes down what it saw, one record per c
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +111,11 @@ class Lane:
                 record = Record(number, self._number, str(self._unit.alone(case)))
                 record.fatal = case.fatal
                 try:
-                    self._one(case, record)
+                    with self._turn(case):
+                        self._one(case, record)
+                        self._await_anchor(case)
+                        for slot in self._slots:
+                            self._board.clear(slot)
                 except (HoldfastError, OSError, RuntimeError) as error:
                     # A finding like any other: the campaign goes on with the next case.
                     record.error = record.error or f"lane: {type(error).__name__}: {error}"
@@ -120,6 +126,35 @@ class Lane:
             self._eyes.close()
 
     # -- one case ------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self, case: Case) -> Iterator[None]:
+        """Keep keepers and anchors from dying at once where that is not what the case is about.
+
+        Cases of several lanes overlap. A keeper killed by one, an anchor by another, and nobody
+        holds the function any more: what is meant to be survived would end the stack.
+        """
+        mode = fcntl.LOCK_EX if "anchor" in case.kill else fcntl.LOCK_SH
+        if not {"keeper", "anchor"} & case.kill:
+            yield
+            return
+        with self._board.path.open("rb") as lock:  # an open file of our own: flock(2) is per open
+            fcntl.flock(lock, mode)
+            yield
+
+    def _await_anchor(self, case: Case) -> None:
+        """An anchor that was killed is back, with everything: the next alloc goes through it."""
+        hits = [self._board.hit(slot) for slot in self._slots[: len(case.strikes)]]
+        if case.fatal or not any("anchor" in hit.killed for hit in hits if hit):
+            return
+        killed = self._board.role("anchor")
+        deadline = time.monotonic() + HUNG_AFTER
+        while self._eyes.ps(self._seen).get("anchor") in (None, 0, killed):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no anchor came after {killed}")
+            time.sleep(POLL)
+        self._take()
+        self._victim_gives_back()
 
     def _one(self, case: Case, record: Record) -> None:
         self._refresh(case)
@@ -138,8 +173,6 @@ class Lane:
             # The card's time: nothing signals a write that must not come.
             time.sleep(self._patience())
         self._judge(record, last=case.fatal)
-        for slot in self._slots:
-            self._board.clear(slot)
 
     def _patience(self) -> float:
         if self._unit.setting.policy is Policy.RELEASE:
@@ -278,6 +311,11 @@ class Lane:
             self._end_victim()
         else:
             record.foreign += int(told["zeroed"])
+
+    def _victim_gives_back(self) -> None:
+        assert self._victim is not None
+        self._victim.tell(b"j")
+        self._hear_victim("foreign")
 
     def _hear_victim(self, what: str) -> dict[str, Any]:
         assert self._victim is not None

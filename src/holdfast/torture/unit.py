@@ -74,6 +74,8 @@ class Found:
     survivor: dict[str, Any] = field(default_factory=dict)
     leaked_bytes: int = 0
     leaked_fds: int = 0
+    leaked: list[str] = field(default_factory=list)
+    """Every descriptor of every process, if there are more than at first."""
     hung_leases: int = 0
     quarantined_bytes: int = 0
     unaccounted_bytes: int = 0
@@ -295,6 +297,13 @@ class _Run:
             lambda: Processes.look(pids).descriptors - baseline.descriptors, goal=0, timeout=SETTLE
         )
         found.leaked_fds = max(0, more)
+        if more > 0:
+            found.leaked = sorted(
+                f"{role} {link}"
+                for role in ROLES
+                if told.get(role)
+                for link in procfs.open_descriptors(int(told[role])).values()
+            )
         after = Processes.look(pids)
         held = after.memfd_bytes - baseline.memfd_bytes - found.quarantined_bytes
         found.leaked_bytes = max(0, held)
