@@ -19,7 +19,7 @@ KILLS = 60
 
 def torture(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "holdfast", "torture", *arguments],
+        [sys.executable, "-m", "holdfast", "torture", "--no-shrink", *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -140,7 +140,11 @@ class Lane:
             return
         with self._board.path.open("rb") as lock:  # an open file of our own: flock(2) is per open
             fcntl.flock(lock, mode)
-            yield
+            try:
+                yield
+            finally:
+                # By name: what was forked meanwhile has the open file, too.
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     def _await_anchor(self, case: Case) -> None:
         """An anchor that was killed is back, with everything: the next alloc goes through it."""
