@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from holdfast import steps
 from holdfast.bar import Bar, Bell, Config
 from holdfast.dma.buffer import Buffer, SlabView
 from holdfast.dma.pin import Pin, flat_bytes
@@ -142,7 +143,9 @@ class Device:
             for slab in self._slabs:
                 if (buffer := slab.alloc(dims, kind, align=align)) is not None:
                     return buffer
+            steps.reach("client.alloc")
             slab = self.lease.take_slab(max(nbytes, self._next_slab()))
+            steps.reach("client.alloc.mapped")
             self._slabs.append(slab)
             buffer = slab.alloc(dims, kind, align=align)
             if buffer is None:
@@ -164,6 +167,7 @@ class Device:
         given: int = 0
         with self._lock:
             for slab in [slab for slab in self._slabs if slab.unused]:
+                steps.reach("client.trim")
                 self.lease.give_slab(slab)
                 self._slabs.remove(slab)
                 given += slab.size
@@ -179,7 +183,9 @@ class Device:
         data, writable = flat_bytes(obj, target=str(self.target))
         if self.lease.access is Access.MEDIATED:
             return Pin(obj, data, Iova(0), writable, "bounced", lambda _: None)
+        steps.reach("client.pin")
         number, iova, how = self.lease.pin(data, writable=writable)
+        steps.reach("client.pinned")
 
         def undo(later: object | None) -> None:
             self.lease.unpin(number, later=later)
@@ -249,6 +255,7 @@ class Device:
             if self._closed:
                 return
             self._closed = True
+        steps.reach("client.closing")
         if self.watch is not None:
             self.watch.close()
         try:
@@ -257,6 +264,7 @@ class Device:
                 slab.detach()
         finally:
             self._let_go()
+            steps.reach("client.unmapped")
             self.lease.close()
 
     def evict(self, why: HoldfastError) -> None:

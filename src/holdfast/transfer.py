@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
+from holdfast import steps
 from holdfast.errors import DeviceReset, HoldfastError, WaitTimeout
 from holdfast.interrupt import Interrupt
 
@@ -77,7 +78,9 @@ class Transfer:
         DeviceReset if the function failed, KeeperGone if the keeper ended.
         """
         if not self._finished:
+            steps.reach("client.wait")
             self._queue.wait(self, timeout)
+        steps.reach("client.complete")
         return self._result()
 
     def __await__(self) -> Generator[object, None, Transfer]:
@@ -85,7 +88,9 @@ class Transfer:
 
     async def _wait_async(self) -> Transfer:
         if not self._finished:
+            steps.reach("client.wait")
             await self._queue.wait_async(self)
+        steps.reach("client.complete")
         return self._result()
 
     def _result(self) -> Transfer:

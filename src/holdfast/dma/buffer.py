@@ -31,6 +31,7 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from holdfast import steps
 from holdfast.dma.pool import Pool
 from holdfast.dma.sg import SgList
 from holdfast.errors import BadBuffer, Closed, ProtocolError
@@ -112,11 +113,13 @@ class SlabView:
         weakref.finalize(span, self._come_back, offset).atexit = False
         data = np.asarray(span)
         data[: max(used_to - offset, 0)] = 0
+        steps.reach("client.alloc.cut")
         return Buffer(self, offset, np.ndarray(dims, kind, buffer=data))
 
     def _come_back(self, offset: int) -> None:
         """Nobody can touch the buffer at ``offset`` any more. From a finalizer: never waits."""
         self._returned.append(offset)
+        steps.reach("client.freed")
         if self._lock.acquire(blocking=False):
             try:
                 self._settle()
@@ -221,6 +224,7 @@ class Buffer:
 
     def free(self) -> None:
         """No new transfers; the bytes return once no view and no transfer uses them. Idempotent."""
+        steps.reach("client.free")
         self._array = None
 
     def _closed_error(self) -> Closed:

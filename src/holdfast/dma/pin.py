@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from holdfast import steps
 from holdfast.dma.sg import SgList
 from holdfast.errors import BadBuffer, Closed, NotSupported
 from holdfast.values import Iova
@@ -126,7 +127,9 @@ class Pin:
             if not self._freed or self._users or self._undo is None:
                 return
             undo, self._undo = self._undo, None
+        steps.reach("client.unpin")
         undo(later)
+        steps.reach("client.unpinned")
         self._obj = None
 
     def __enter__(self) -> Self:

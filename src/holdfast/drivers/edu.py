@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from holdfast import steps
 from holdfast.driver import ControlMemory, Driver, Engine, FunctionAccess, Grant
 from holdfast.errors import BadTransfer, DeviceError, RingFull, WaitTimeout
 from holdfast.regs import edu as regs
@@ -111,10 +112,13 @@ class EduQueue(Queue):
             source, destination = (host, card) if to_card else (card, host)
             self.posted += 1
             transfer = self.keep(self.posted, nbytes, [memory])
+            steps.reach("client.post")
             self.bar.write(regs.DMA_SOURCE, source)
             self.bar.write(regs.DMA_DESTINATION, destination)
             self.bar.write(regs.DMA_COUNT, nbytes)
+            steps.reach("client.posted")
             self.bar.write(regs.DMA_COMMAND, int(command))
+        steps.reach("client.doorbell")
         return transfer
 
     def completed(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from holdfast import steps
 from holdfast.driver import Engine
 from holdfast.drivers.xdma_ring import RING, Batch, Layout, Ring
 from holdfast.errors import (
@@ -76,8 +77,11 @@ class XdmaQueue(Queue):
             if count > RING - 1 - ring.posted + ring.done:
                 self._make_room(count)
             transfer = self.keep(ring.posted + count, batch.nbytes, held)
+            steps.reach("client.post")
             ring.write(batch)
+            steps.reach("client.posted")
             self._ring_credits(count)
+        steps.reach("client.doorbell")
         return transfer
 
     def _lost(self) -> bool:

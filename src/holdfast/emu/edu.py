@@ -25,6 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from holdfast import steps
 from holdfast.emu import options
 from holdfast.emu.function import BarSpec, Function, Identity, Options
 from holdfast.emu.registers import WriteHandler
@@ -155,8 +156,10 @@ class Edu(Function):
     def _command(self, _index: int, value: int) -> None:
         if self._dma_busy() or not value & regs.DmaCommand.START:
             return
+        steps.reach("function.fetch")
         self.poke(regs.DMA_COMMAND, value)
         self.transfers += 1
+        steps.reach("function.fetched")
         if not self.faulty("hang"):
             self._dma_at = self._clock() + self._delay
             self.wake()
@@ -171,7 +174,9 @@ class Edu(Function):
             if self._factorial_at is not None and self._factorial_at <= now:
                 self._finish_factorial()
         if dma_due:
+            steps.reach("function.move")
             self._transfer()
+            steps.reach("function.moved")
         with self.lock:
             if dma_due and self._wild:
                 self._dma_at = now + WILD_PERIOD
@@ -219,8 +224,10 @@ class Edu(Function):
         self._dma_at = None
         command = self.peek(regs.DMA_COMMAND) & ~int(regs.DmaCommand.START)
         self.poke(regs.DMA_COMMAND, command)
+        steps.reach("function.written")
         if command & regs.DmaCommand.IRQ:
             self._raise(regs.Cause.DMA)
+        steps.reach("function.complete")
 
     def reset(self) -> None:
         """PCI core only: the device's own state, and DMA under way, are not touched."""

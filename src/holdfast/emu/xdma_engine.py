@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from holdfast import steps
 from holdfast.emu.function import Function
 from holdfast.emu.link import Link
 from holdfast.emu.port import Bytes, DmaPort, U64s
@@ -158,7 +159,9 @@ class Engine:
         if self._function.faulty("unplug", reached):
             self._carry(channel, dma, batch, (len(batch.host) + 1) // 2)
             self._function.unplug()
+        steps.reach("function.move")
         finished, error = self._carry(channel, dma, batch, len(batch.host) - (late is not None))
+        steps.reach("function.moved")
         self._publish(channel, dma, epoch, batch, finished, error, late)
         return 0
 
@@ -172,7 +175,9 @@ class Engine:
     def _fetch(self, channel: Channel, dma: DmaPort, epoch: int) -> bool:
         """Refill the queue. False: there is nothing to move in this step."""
         budget = min(channel.credits, DEPTH) if channel.credit_mode else DEPTH
+        steps.reach("function.fetch")
         fetched = channel.fetcher.fetch(dma, budget)
+        steps.reach("function.fetched")
         with self._function.lock:
             if channel.epoch != epoch:
                 return False
@@ -296,6 +301,7 @@ class Engine:
             channel.late = late if stopped_at is None else None
             channel.perf.beats += -(-int(batch.lengths.sum()) // regs.DATA_WIDTH)
         self._finish(channel, dma, epoch, finished, error, batch if stopped_at is None else None)
+        steps.reach("function.complete")
 
     def _finish(
         self,
@@ -330,6 +336,7 @@ class Engine:
                 dma.write(channel.writeback, np.array([word], "<u4").view(np.uint8))
             except DmaFault:
                 pass  # posted
+            steps.reach("function.written")
         with self._function.lock:
             if channel.epoch != epoch:
                 return

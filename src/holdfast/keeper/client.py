@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from holdfast import steps
 from holdfast.bar import Bell
 from holdfast.dma.buffer import SlabView
 from holdfast.dma.sg import SgList
@@ -233,6 +234,7 @@ class LeaseClient:
     def take_slab(self, nbytes: int) -> SlabView:
         """A new slab, mapped into this process."""
         reply, fds = self.request(wire.TakeSlab(nbytes=nbytes))
+        steps.reach("client.alloc.granted")
         try:
             return map_slab(expect(reply, wire.SlabTaken).info, fds)
         finally:
@@ -241,6 +243,7 @@ class LeaseClient:
     def give_slab(self, slab: SlabView) -> None:
         """Unmap a slab and give it back."""
         self.request(wire.GiveSlab(slab=slab.number))
+        steps.reach("client.trimmed")
         slab.close()
 
     def pin(self, data: npt.NDArray[np.uint8], *, writable: bool) -> tuple[int, int, str]:
@@ -267,6 +270,7 @@ class LeaseClient:
         The keeper wrote the room down first, so it finds the pins if we die anywhere in here.
         """
         first = address % PAGE
+        steps.reach("client.pin.reserved")
         try:
             if len(fds) != 1:
                 raise ProtocolError("a pin needs one descriptor", operation="pin")
@@ -278,6 +282,7 @@ class LeaseClient:
             raise
         finally:
             close_all(fds)
+        steps.reach("client.pin.placed")
         self._tell(wire.PinDone(pin=here.pin))
         return here.pin, here.iova + first, "in place"
 
@@ -362,6 +367,7 @@ class LeaseClient:
                 self.request(wire.Close())
             except HoldfastError:
                 pass  # it is gone; hanging up says the same
+            steps.reach("client.closed")
         self._sock.close()
         self._close_news()
 

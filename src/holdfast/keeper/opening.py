@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 
+from holdfast import steps
 from holdfast.bar import Bar, Bell, Config
 from holdfast.device import Device
 from holdfast.driver import ControlMemory, Driver, Engine, find
@@ -43,7 +44,9 @@ def connect(target: Target, timeout: float | None = None) -> LeaseClient:
     """Connect to the target's keeper, starting one if the target allows it, and greet it."""
     deadline = time.monotonic() + SUCCESSION
     while True:
+        steps.reach("client.connecting")
         client = LeaseClient(embedded.connect(target, timeout), target)
+        steps.reach("client.connected")
         _clients.add(client)
         try:
             _require_options(client.greet(), target)
@@ -57,6 +60,7 @@ def connect(target: Target, timeout: float | None = None) -> LeaseClient:
             client.close()
             raise
         else:
+            steps.reach("client.greeted")
             return client
 
 
@@ -137,6 +141,7 @@ def _open(
 ) -> Device:
     reply, fds = client.request(wire.Open(access=access, channels=channels))
     opened = expect(reply, wire.Opened)
+    steps.reach("client.opened")
     client.number = opened.lease
     client.access = opened.access
     client.channels = tuple(opened.channels)
@@ -148,6 +153,7 @@ def _open(
     finally:
         close_all([fd for place, fd in enumerate(fds) if place not in taken])
     _devices.add(device)
+    steps.reach("client.mapped")
     return device
 
 

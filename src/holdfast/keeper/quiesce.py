@@ -78,9 +78,9 @@ class Quiesce:
         self.lease.note(why, self.lease.noticed_ns)
         async with self.lease.serving:
             pass  # what was being done for the client is done; frozen, it gets nothing more
+        steps.reach("keeper.death.frozen")
         said = why
         while machine.state is not State.RELEASED:
-            steps.reach(f"keeper.{machine.state}")
             if machine.state is State.QUARANTINE:
                 self.lease.quarantined = self.lease.quarantined or Quarantined(said)
                 self.lease.quarantined.why = said
@@ -88,6 +88,7 @@ class Quiesce:
             machine.fire(event)
             said = said or str(event)
             self.lease.note(said)
+        steps.reach("keeper.death.released")
         self._answer()
         await give_channels_back(self.proving)
 
@@ -225,6 +226,7 @@ class Quiesce:
         lease = self.lease
         if lease.machine.withheld() and not await self._no_more_posts():
             return Event.NO_PROOF, "it was started again by someone who still held the lease"
+        steps.reach("keeper.death.quiet")
         async with lease.memory_lock:
             try:
                 if await self.desk.unmap_all(lease, retire=False, deadline=self.deadlines.unmap):
@@ -234,6 +236,7 @@ class Quiesce:
             if lease.machine.withheld():
                 return Event.NO_PROOF, f"withheld: {', '.join(lease.machine.withheld())}"
             freed = lease.nbytes
+            steps.reach("keeper.death.unmapped")
             await self.desk.free_all(lease)
         return Event.FREED, f"{freed} bytes"
 

@@ -246,6 +246,7 @@ class Keeper:
             task.add_done_callback(self._connections.discard)
 
     async def _attend(self, sock: socket.socket, user: int) -> None:
+        steps.reach("keeper.accepted")
         connection = Connection(sock, self.traffic)
         # Not a timeout around the coroutine: nothing it has received may be lost.
         silence = self._loop.call_later(GREETING, connection.close)

@@ -117,6 +117,7 @@ class Session:
             if not self._opened and not isinstance(request, _WITHOUT_LEASE):
                 raise UsageError("open a lease first", operation=type(request).__name__)
             await handler(request, fds)
+            steps.reach("keeper.answered")
             self._first = self._first and not request.seq
         except ProtocolError:
             raise

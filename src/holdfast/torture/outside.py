@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from holdfast.kernel import procfs
 
@@ -61,6 +63,21 @@ class Processes:
     @property
     def memfd_bytes(self) -> int:
         return sum(self.memfds.values())
+
+
+def processes_under(variable: str, value: str) -> list[int]:
+    """Pids of other processes that were started with an environment variable at this value."""
+    wanted = f"{variable}={value}".encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and int(name) != os.getpid():
+            try:
+                environment = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue  # gone, or another user's
+            if wanted in environment:
+                found.append(int(name))
+    return found
 
 
 def settle(read: Callable[[], int], *, goal: int, timeout: float) -> int:

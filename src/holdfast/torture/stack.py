@@ -19,10 +19,13 @@ from holdfast.keeper import embedded
 from holdfast.keeper.client import LeaseClient
 from holdfast.keeper.opening import connect
 from holdfast.kernel import pidfd, procfs
+from holdfast.torture.eyes import Eyes
 from holdfast.values import Target
 
 SERVE = (sys.executable, "-m", "holdfast", "serve")
 STOP_TIMEOUT = 20.0
+ORPHAN_TIMEOUT = 1.0
+"""Seconds in which a keeper whose standby was killed must answer, if there is one."""
 ABANDONED_AFTER = 60
 """Seconds without a client after which a stack's keeper ends by itself."""
 
@@ -132,10 +135,13 @@ class Stack:
 
     def _end_keeper(self) -> None:
         """The standby that was started here is gone; whoever keeps the function may not be."""
+        eyes = Eyes(self.target)  # which, unlike a client, never starts another one
         try:
-            told = self.ps()
+            told = eyes.ps(timeout=ORPHAN_TIMEOUT)
         except HoldfastError:
             return  # it went with them
+        finally:
+            eyes.close()
         fds = [os.pidfd_open(told[name]) for name in ("keeper", "anchor")]
         pidfd.kill(fds[0], signal.SIGTERM)
         for fd in fds:
