@@ -12,10 +12,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from holdfast.dma.slab import SlabSource
-from holdfast.values import DoorbellInfo, Iova, IrqIndex, IrqInfo, Perm, Promises, Region
+from holdfast.values import (
+    DoorbellInfo,
+    Handover,
+    Iova,
+    IrqIndex,
+    IrqInfo,
+    Perm,
+    Promises,
+    Region,
+)
+
+__all__ = [
+    "DmaContext",
+    "Doorbell",
+    "FileWindow",
+    "FunctionBackend",
+    "Handover",
+    "HostMemory",
+    "MemoryWindow",
+    "RegionMap",
+]
 
 
 class HostMemory(Protocol):
@@ -29,6 +49,13 @@ class HostMemory(Protocol):
     def read(self, offset: int, count: int) -> bytes: ...
 
     def write(self, offset: int, data: memoryview) -> None: ...
+
+
+MemoryWindow: TypeAlias = tuple[Iova, int, Perm, HostMemory]
+"""A window that :meth:`FunctionBackend.dma_map_memory` made, by its arguments."""
+
+FileWindow: TypeAlias = tuple[Iova, int, Perm, int, int]
+"""A window that :meth:`FunctionBackend.dma_map` made, by its arguments: a descriptor, an offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +189,19 @@ class FunctionBackend(Protocol):
 
     def dma_unmap(self, iova: Iova, size: int) -> int:
         """Take a mapping away. Returns the bytes really unmapped: the caller must compare."""
+        ...
+
+    def dma_unmap_all(self) -> None:
+        """Take every mapping away, known or not. Raises if one may be left."""
+        ...
+
+    def hand_over(self) -> Handover | None:
+        """What ``backends.resume`` needs in another process to go on after this one was killed.
+
+        None if the function cannot be handed over. The descriptors stay the backend's and do not
+        change while it is open, so that duplicates taken once are enough; what does change is in
+        memory that they share.
+        """
         ...
 
     def reset(self) -> None:

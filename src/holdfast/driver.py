@@ -68,10 +68,15 @@ class ControlMemory:
 
     ``data`` is a writable view of all of it, ``sg`` where the function sees it: without an IOMMU
     in pieces of whole pages. Zeroed when granted. Never available to ``alloc``.
+
+    In the keeper, what is written to ``data`` may become visible to the function only with
+    ``flush()``: call it before the function is told to fetch from there. The keeper calls it
+    after :meth:`Driver.grant` in any case, and keeps nothing of ``data`` beyond that.
     """
 
     data: memoryview
     sg: SgList
+    flush: Callable[[], None] = lambda: None
 
     def iovas(self, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Where the function sees these byte offsets. Vectorised."""
@@ -152,6 +157,14 @@ class Driver:
 
         Raise :class:`~holdfast.errors.DeviceError` if it is not. Bus mastering may be off: it is
         turned on once the function was seen at rest.
+        """
+
+    def resume(self) -> None:
+        """Like :meth:`probe`, for a function that may be at work for leases of a dead keeper.
+
+        Those leases live on with what was granted to them. Learn what the other methods need to
+        know, by reading; change nothing. Here: nothing. Raise
+        :class:`~holdfast.errors.DeviceError` if this is not the function that the driver is for.
         """
 
     def channels(self) -> int:

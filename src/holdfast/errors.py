@@ -115,6 +115,12 @@ class OutOfMemory(ResourceError):
     """The arena or the system has no frames left."""
 
 
+class QuarantineFull(ResourceError):
+    """As much memory is in quarantine as the keeper may hold there; no more is given out."""
+
+    default_hint = "see holdfast ps; ask for another look with holdfast ps --retry LEASE"
+
+
 class IovaExhausted(ResourceError):
     """No IOVA range of this size is left below the function's address limit."""
 
@@ -140,6 +146,18 @@ class DeviceError(HoldfastError):
     """The function misbehaved or is gone."""
 
     fault = "device"
+
+
+class DriverFailed(DeviceError):
+    """The driver's code in the keeper raised something, or answered nonsense."""
+
+    default_hint = "this is a fault in the driver; see holdfast ps"
+
+
+class StaysStuck(DeviceError):
+    """A call of the keeper to the driver or the function did not come back in time."""
+
+    default_hint = "the function or its driver hangs; see holdfast ps"
 
 
 class DeviceGone(DeviceError):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
-from typing import NewType, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NewType, Self
 
 from holdfast.errors import BadTarget
 
@@ -144,6 +145,21 @@ class Promises:
     strict_unmap: bool
     reset: bool
     assign_bars: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What a successor needs to go on with something that this process holds.
+
+    fds
+        descriptors by name. They stay the giver's: who wants to outlive it takes duplicates, which
+        refer to the same open files
+    notes
+        what else must be known, as JSON has it: numbers, strings, lists and mappings only
+    """
+
+    fds: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

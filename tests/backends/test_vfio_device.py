@@ -34,7 +34,7 @@ from holdfast.errors import (
 from holdfast.kernel import events, ioctl, vfio_device
 from holdfast.kernel.vfio_device import DeviceInfo, RegionInfo
 from holdfast.uapi import vfio as u
-from holdfast.values import CONFIG_REGION, Area, Bdf, Iova, IrqIndex, Perm
+from holdfast.values import CONFIG_REGION, Area, Bdf, Handover, Iova, IrqIndex, Perm
 
 BAR = 0x2000
 CONFIG_AT = 0x10000
@@ -56,8 +56,14 @@ class Space:
     def unmap(self, iova: int, size: int, target: str) -> int:
         return self.maps.pop(iova, 0)
 
+    def unmap_all(self, target: str) -> None:
+        self.maps.clear()
+
     def context(self) -> DmaContext:
         return DmaContext("type1", 99)
+
+    def hand_over(self) -> Handover:
+        return Handover()
 
     def release(self) -> None:
         self.users -= 1

@@ -34,7 +34,7 @@ from holdfast.kernel.stream import Stream
 from holdfast.regs.spec import Bank, Register
 from holdfast.uapi import vfio_user as u
 from holdfast.uapi.vfio_user import Command
-from holdfast.values import CONFIG_REGION, Area, Iova, IrqIndex, Perm
+from holdfast.values import CONFIG_REGION, Area, Handover, Iova, IrqIndex, Perm
 from holdfast.wire.vfio_user import frame, messages
 from holdfast.wire.vfio_user.capabilities import CLIENT, SERVER, Capabilities, Version
 from holdfast.wire.vfio_user.frame import MAX_DATA, Header
@@ -134,6 +134,11 @@ class Ram:
     def write(self, offset: int, data: memoryview) -> None:
         self.calls += 1
         self.content[offset : offset + len(data)] = data
+
+
+def duplicated(handover: Handover) -> Handover:
+    """What an anchor would hold of it."""
+    return Handover({name: os.dup(fd) for name, fd in handover.fds.items()}, handover.notes)
 
 
 def ramp(count: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -325,16 +330,17 @@ def test_a_refusal_carries_the_errno_of_the_function(rig: Rig) -> None:
 
 
 def test_a_successor_goes_on_with_the_same_socket(rig: Rig) -> None:
-    """The predecessor is killed with requests unanswered; nothing but the socket is handed on."""
+    """The predecessor is killed with requests unanswered."""
     fd = memfd.create("dma", PAGE)
     ram = Ram(PAGE)
     rig.backend.dma_map(BASE, PAGE, Perm.RW, fd, 0)
     rig.backend.dma_map_memory(BASE + PAGE, PAGE, Perm.RW, Ram(PAGE))
-    kept = rig.ours.dup()
+    kept = duplicated(rig.backend.hand_over())
     rig.backend.close()
     for ident in (1, 2, 3):  # as if sent just before the end, replies never read
         payload = u.REGION_ACCESS.pack(0, 7, 4)
-        kept.send(b"".join(frame.message(ident, Command.REGION_READ, [payload])))
+        whole = b"".join(frame.message(ident, Command.REGION_READ, [payload]))
+        os.write(kept.fds["socket"], whole)
     rig.backend = VfioUserBackend.resume(kept, memories=[(BASE + PAGE, PAGE, Perm.RW, ram)])
     assert rig.backend.region_read(CONFIG_REGION, 0, 2) == b"\x34\x12"
     rig.toy.run(lambda: rig.toy.dma.write(BASE + PAGE - 4, ramp(8)))
@@ -516,6 +522,44 @@ def test_a_read_reply_that_does_not_match_is_a_protocol_error(
     with pytest.raises(ProtocolError):
         backend.region_read(CONFIG_REGION, 0, 4)
     backend.close()
+
+
+def test_a_successor_uses_no_id_that_a_late_reply_could_carry(
+    scripted: Callable[[Script], socket.socket],
+) -> None:
+    seen: list[int] = []
+
+    def script(header: Header, body: bytes) -> list[tuple[bytes, list[int]]]:
+        seen.append(header.msg_id)
+        return tame(header, body)
+
+    backend = VfioUserBackend(scripted(script))
+    for _ in range(3):
+        backend.region_read(CONFIG_REGION, 0, 4)
+        kept = duplicated(backend.hand_over())
+        backend.close()
+        backend = VfioUserBackend.resume(kept)
+    backend.close()
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("names", [(), ("socket",), ("trail",), ("socket", "trail", "twin")])
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {},
+        {"backend": "type1", "peer": {}},
+        {"backend": "vfio-user"},
+        {"backend": "vfio-user", "peer": {"unheard": 1}},
+        {"backend": "vfio-user", "peer": {}},
+    ],
+)
+def test_a_handover_that_is_none_is_refused_and_closed(
+    names: tuple[str, ...], notes: dict[str, object], clean: None
+) -> None:
+    fds = {name: memfd.create("nothing", PAGE) for name in names}
+    with pytest.raises(ProtocolError):
+        VfioUserBackend.resume(Handover(fds, notes))
 
 
 def test_an_unmap_reply_without_payload_is_a_whole_unmap(

@@ -205,12 +205,16 @@ SLOW = "emu:xdma?memory=1M&link_rate=64K&link_chunk=4096"
 
 
 @pytest.mark.parametrize("kind", ["wait", "await"])
-@pytest.mark.parametrize(("victim", "error"), [("keeper", KeeperGone), ("function", DeviceGone)])
-def test_a_waiter_learns_at_once_that_its_keeper_or_function_was_killed(
-    serve: Callable[..., Stack], victim: str, error: type[HoldfastError], kind: str
+@pytest.mark.parametrize(
+    ("victims", "error"),
+    [(("anchor", "keeper"), KeeperGone), (("function",), DeviceGone)],
+    ids=["keeper and anchor", "function"],
+)
+def test_a_waiter_learns_at_once_that_nobody_keeps_or_is_its_function_any_more(
+    serve: Callable[..., Stack], victims: tuple[str, ...], error: type[HoldfastError], kind: str
 ) -> None:
     stack = serve(SLOW)
-    keeper, function = stack.pids()
+    pids = stack.ps()
     card = holdfast.open(stack.target)
     transfer = card.dma.to_card(card.alloc(SIZE))
     with ThreadPoolExecutor(1) as pool:
@@ -218,7 +222,10 @@ def test_a_waiter_learns_at_once_that_its_keeper_or_function_was_killed(
             waiting = pool.submit(transfer.wait)
         else:
             waiting = pool.submit(asyncio.run, _await(transfer))
-        os.kill(keeper if victim == "keeper" else function, signal.SIGKILL)
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGSTOP)
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGKILL)
         with pytest.raises(error):
             waiting.result(2.0)
     for attempt in (
@@ -233,12 +240,14 @@ def test_a_waiter_learns_at_once_that_its_keeper_or_function_was_killed(
     card.close()
 
 
-def test_an_embedded_keeper_that_was_killed_is_replaced(runtime: object) -> None:
+def test_an_embedded_keeper_that_was_killed_with_its_anchor_is_replaced(runtime: object) -> None:
     card = holdfast.open("emu:xdma?memory=1M")
     client = connect(Target.parse("emu:xdma?memory=1M"))
-    keeper = client.ps()["keeper"]
+    told = client.ps()
     client.close()
-    os.kill(keeper, signal.SIGKILL)
+    os.kill(told["keeper"], signal.SIGSTOP)
+    os.kill(told["anchor"], signal.SIGKILL)
+    os.kill(told["keeper"], signal.SIGKILL)
     with pytest.raises(KeeperGone):
         card.irqs[0].wait(LONG)
     card.close()

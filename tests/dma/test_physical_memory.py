@@ -22,7 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.dma.physical import PhysicalFiles, coalesced
+from holdfast.dma.physical import PhysicalFiles
+from holdfast.dma.physical_slab import coalesced
 from holdfast.dma.slab import SlabMemory, SlabSource
 from holdfast.errors import (
     BadBuffer,

@@ -255,7 +255,7 @@ def test_functions_are_made_by_name_with_option_texts() -> None:
     assert function.regions()[2].region.size == 1 << 20
     function.close()
     function = create("edu", {"dma_mask": "0xffffffff"}, FaultPlan.parse("hang"))
-    assert function.faults.hang == 0
+    assert function.faults.active() == ("hang",)
     function.close()
 
 

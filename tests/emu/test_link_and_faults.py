@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.emu.faults import FaultPlan, armed
+from holdfast.emu.faults import FaultPlan, Span, armed
 from holdfast.emu.link import CATCH_UP, Link
 from holdfast.emu.local import ManualClock
 from holdfast.emu.options import rate as read_rate
@@ -67,20 +67,24 @@ def test_nonsense_links_are_refused() -> None:
 
 
 def test_fault_plans_read_and_print() -> None:
-    plan = FaultPlan.parse("wild, refuse-reset@3")
-    assert plan == FaultPlan(wild=0, refuse_reset=3)
+    plan = FaultPlan.parse("wild, refuse-reset@3, hang@2-5")
+    assert plan == FaultPlan(wild=Span(), refuse_reset=Span(3), hang=Span(2, 5))
     assert FaultPlan.parse(str(plan)) == plan
     assert FaultPlan.parse("") == FaultPlan()
 
 
-@pytest.mark.parametrize("text", ["nonsense", "wild@", "wild@x", "wild@-1"])
+@pytest.mark.parametrize(
+    "text",
+    ["nonsense", "wild@", "wild@x", "wild@-1", "wild@3-", "wild@3-2", "wild@1-2-3", "wild@٣"],
+)
 def test_nonsense_fault_plans_are_refused(text: str) -> None:
     with pytest.raises(UsageError):
         FaultPlan.parse(text)
 
 
-def test_a_fault_holds_from_its_transfer_on() -> None:
-    assert [armed(3, n) for n in (2, 3, 4)] == [False, True, True]
+def test_a_fault_holds_from_its_first_transfer_to_its_last() -> None:
+    assert [armed(Span(3), n) for n in (2, 3, 4)] == [False, True, True]
+    assert [armed(Span(3, 4), n) for n in (2, 3, 4, 5)] == [False, True, True, False]
     assert not armed(None, 100)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from holdfast.contracts import FunctionBackend
 from holdfast.errors import Busy, DeviceError
-from holdfast.keeper.function import iova_range, usable_range
+from holdfast.keeper.addresses import iova_range, usable_range
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.server import Keeper
 from holdfast.keeper.state import Machine

@@ -8,7 +8,7 @@ that it can die between any two steps.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -22,12 +22,23 @@ from holdfast.driver import Driver, FunctionAccess
 from holdfast.errors import BadBuffer, Closed, QuotaExceeded, UsageError
 from holdfast.keeper.access import BackendAccess
 from holdfast.keeper.function import FunctionHost
-from holdfast.keeper.journal import MemoryJournal
+from holdfast.keeper.journal import Journal
 from holdfast.keeper.lease import HeldPin, Lease
 from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.state import Event, Machine
 from holdfast.kernel.pidfd import Peer
 from holdfast.values import Iova, LeaseId, Policy, Target
+
+
+class NotHeld:
+    """A ``Holder`` that holds nothing: these leases do not outlive their process."""
+
+    def put(self, name: str, fds: Sequence[int] = (), note: object = None) -> None: ...
+
+    def drop(self, name: str) -> None: ...
+
+    def release(self, name: str) -> None: ...
+
 
 TARGET = Target("pci", "0000:00:03.0")
 BASE = 1 << 32
@@ -58,6 +69,7 @@ class Desk:
         self.kernel = FakeKernel()
         self.host = FunctionHost(
             target=TARGET,
+            holder=NotHeld(),
             access=BackendAccess(cast(FunctionBackend, self.kernel), str(TARGET)),
             driver=Driver(cast(FunctionAccess, None)),
             space=IovaSpace(BASE, BASE + (1 << 20)),
@@ -67,8 +79,8 @@ class Desk:
             irq_fds=[],
             free_channels=set(),
         )
-        self.journal = MemoryJournal()
-        self.desk = MemoryDesk(self.host, self.journal, Ledger(1 << 18, 100))
+        self.journal = Journal.create()
+        self.desk = MemoryDesk(self.host, NotHeld(), self.journal, Ledger(1 << 18, 100))
         self.lease = Lease(LeaseId(1), Peer(-1, 1, 0, 0), Machine(Policy.DRAIN))
 
     def reserve(self, address: int = ADDRESS, nbytes: int = NBYTES) -> HeldPin:
@@ -86,7 +98,8 @@ def it() -> Iterator[Desk]:
     desk = Desk()
     yield desk
     desk.host.close()
-    desk.host.pool.shutdown(wait=True)
+    for lane in (desk.host.driver_lane, desk.host.function_lane, desk.host.memory_lane):
+        assert lane.join(5)
 
 
 def test_the_whole_pages_around_the_memory_are_reserved_and_charged(it: Desk) -> None:

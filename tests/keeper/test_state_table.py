@@ -243,7 +243,12 @@ def test_the_negative_control_releases_with_no_fact_at_all() -> None:
 
 def test_a_lease_leaves_quarantine_only_by_proof() -> None:
     leaving = [row for row in TABLE if row.source is State.QUARANTINE]
-    assert {row.event for row in leaving} == {Event.IDLE, Event.RESET_DONE, Event.GONE}
+    assert {row.event for row in leaving} == {
+        Event.IDLE,
+        Event.RESET_DONE,
+        Event.GONE,
+        Event.UNREACHABLE,
+    }
     assert all(row.needs for row in leaving)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from holdfast.errors import NoPermission, ProtocolError
 from holdfast.kernel import pidfd
+from holdfast.torture.outside import settle
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -29,7 +30,9 @@ def pair() -> Iterator[Pair]:
 def no_leaks() -> Iterator[None]:
     before = set(os.listdir("/proc/self/fd"))
     yield
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert settle(lambda: len(os.listdir("/proc/self/fd")), goal=len(before), timeout=5) == len(
+        before
+    )
 
 
 @pytest.fixture

@@ -238,7 +238,7 @@ def test_clients_of_a_second_user_are_mediated(
         leases = {at: SimpleNamespace(peer=SimpleNamespace(uid=uid)) for at, uid in enumerate(uids)}
         host = SimpleNamespace(driver=SimpleNamespace(mediates=mediates))
         keeper: Any = SimpleNamespace(host=host, leases=leases)
-        found = Mediation(keeper, iter(()), lambda *_: None)
+        found = Mediation(keeper)
         found.leases = dict.fromkeys(range(mediated), cast(Any, None))
         mine: Any = SimpleNamespace(peer=SimpleNamespace(uid=1000))
         return found.preferred(mine)

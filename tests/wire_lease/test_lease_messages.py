@@ -57,6 +57,7 @@ REQUESTS: st.SearchStrategy[wire.Message] = st.one_of(
     st.builds(wire.Regrant, seq=SEQ),
     st.builds(wire.Reset, seq=SEQ),
     st.builds(wire.Ps, seq=SEQ, after=U63),
+    st.builds(wire.Retry, seq=SEQ, lease=U63, force=st.booleans()),
     st.builds(wire.Close, seq=SEQ),
 )
 
@@ -65,7 +66,8 @@ def test_every_request_type_is_covered_here() -> None:
     named = {kind.__name__ for kind in get_args(wire.Request)}
     assert named == {
         "Hello", "Open", "TakeSlab", "GiveSlab", "Pin", "PinDone", "Unpin", "RegionRead",
-        "RegionWrite", "Command", "Unmask", "Regrant", "Reset", "Ps", "Close",
+        "RegionWrite", "Command", "Unmask", "Regrant", "Reset", "Ps", "Retry",
+        "Close",
     }  # fmt: skip
 
 
@@ -165,3 +167,15 @@ def test_the_hello_of_any_version_can_be_read() -> None:
         told = wire.decode_request(wire.encode(wire.Hello(version=version)))
         assert isinstance(told, wire.Hello)
         assert told.version == version
+
+
+@given(st.lists(st.integers(0, 40_000), max_size=30))
+def test_a_page_of_leases_always_fits_one_answer(sizes: list[int]) -> None:
+    told = [{"lease": number, "log": "x" * size} for number, size in enumerate(sizes)]
+    page = wire.page_of(told)
+    assert page == told[: len(page)]
+    assert bool(page) is bool(told)
+    assert len(page) <= wire.PS_PAGE
+    assert len(wire.encode(wire.Result(value={"leases": page, "more": True}))) <= wire.MAX_PACKET
+    if len(page) < min(len(told), wire.PS_PAGE):
+        assert sum(sizes[: len(page) + 1]) > wire.PS_BYTES - 64 * wire.PS_PAGE

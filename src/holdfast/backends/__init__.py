@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Protocol, cast
 
-from holdfast.contracts import FunctionBackend
+from holdfast.contracts import FileWindow, FunctionBackend, Handover, MemoryWindow
 from holdfast.errors import BadTarget
 from holdfast.values import Target
 
@@ -23,6 +25,17 @@ REGISTRY = {
 
 class _Opener(Protocol):
     def __call__(self, target: Target) -> FunctionBackend: ...
+
+
+def warm(target: Target) -> None:
+    """Import what a keeper of ``target`` will need, before it is forked."""
+    names = {
+        "emu": ["vfio_user"],
+        "vfio-user": ["vfio_user"],
+        "pci": ["pci", "vfio_type1", "vfio_iommufd", "uio"],
+    }
+    for name in names.get(target.scheme, []):
+        import_module(f"holdfast.backends.{name}")
 
 
 def connect(target: Target) -> FunctionBackend:
@@ -70,3 +83,38 @@ def adopt(sock: socket.socket, target: str) -> FunctionBackend:
     from holdfast.backends.vfio_user import VfioUserBackend
 
     return VfioUserBackend(sock, target=target)
+
+
+def resume(
+    target: Target,
+    handover: Handover,
+    memories: Iterable[MemoryWindow] = (),
+    files: Iterable[FileWindow] = (),
+) -> FunctionBackend:
+    """Go on with a function where a process that was killed left it, without disturbing it.
+
+    ``handover`` is what :meth:`FunctionBackend.hand_over` said there, with duplicates of the
+    descriptors. Ownership of them passes to the backend, also on error: they are closed then.
+    ``memories`` and ``files`` are the windows that were mapped, without and with a descriptor
+    (these stay the caller's); what the kernel or the server keeps mapped needs them to be named
+    only where this process has a part in it.
+
+    The function may be in the middle of DMA, and stays so: no reset, no change of bus mastering,
+    and interrupts that were wired stay wired. Where this process carries interrupts (no IOMMU),
+    none arrives before ``set_irqs``. Calling that with the eventfds that were wired is right on
+    every backend; ring them once afterwards, as one may have been lost meanwhile.
+
+    Raises :class:`DeviceGone` if the function is gone, :class:`BadTarget` if no backend knows the
+    scheme, :class:`ProtocolError` if the handover does not fit the target.
+    """
+    if target.scheme in ("emu", "vfio-user"):
+        from holdfast.backends.vfio_user import VfioUserBackend
+
+        return VfioUserBackend.resume(handover, target=str(target), memories=memories, files=files)
+    if target.scheme == "pci":
+        from holdfast.backends.pci import resume as resume_pci
+
+        return resume_pci(target, handover)
+    for fd in handover.fds.values():
+        os.close(fd)
+    raise BadTarget(f"no backend for {target.scheme!r}", operation="resume", target=str(target))

@@ -12,8 +12,9 @@ import os
 from pathlib import Path
 from typing import Final
 
-from holdfast.contracts import FunctionBackend
+from holdfast.contracts import FunctionBackend, Handover
 from holdfast.errors import HoldfastError, NotSupported
+from holdfast.kernel.handover import Incoming
 from holdfast.kernel.pci_holders import has_vfio_driver
 from holdfast.kernel.pci_sysfs import SYSFS, PciFunction, function, group_members
 from holdfast.values import Bdf, Target
@@ -37,6 +38,25 @@ def open_target(target: Target) -> FunctionBackend:
         return _open(found, choose(target, found), str(target))
     except HoldfastError as error:
         raise _with_reason(error, found.bdf) from error
+
+
+def resume(target: Target, handover: Handover) -> FunctionBackend:
+    """Go on with a function of a process that was killed; see ``backends.resume``."""
+    with Incoming(handover, str(target)) as found:
+        kind = found.text("backend")
+        if kind == "type1":
+            from holdfast.backends import vfio_type1
+
+            return vfio_type1.resume_function(target.bdf, found, str(target))
+        if kind == "iommufd":
+            from holdfast.backends import vfio_iommufd
+
+            return vfio_iommufd.resume_function(target.bdf, found, str(target))
+        if kind == "uio":
+            from holdfast.backends.uio import UioBackend
+
+            return UioBackend.resume(target, found)
+        raise found.wrong(f"backend is {kind!r}")
 
 
 def _open(found: PciFunction, way: str, target: str) -> FunctionBackend:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from holdfast.backends.region_access import existing, require_small
 from holdfast.backends.uio_function import SysfsFunction
@@ -34,19 +34,34 @@ from holdfast.contracts import DmaContext, Doorbell, HostMemory, RegionMap
 from holdfast.dma.physical import PhysicalFiles
 from holdfast.errors import BadAccess, Busy, HoldfastError, NotSupported
 from holdfast.kernel import hugetlb, pci_sysfs
+from holdfast.kernel.handover import Incoming
 from holdfast.kernel.pci_sysfs import SYSFS, PciFunction
 from holdfast.uapi import pci_regs
 from holdfast.uapi.pci_regs import Command
-from holdfast.values import CONFIG_REGION, Iova, IrqIndex, IrqInfo, Perm, Promises, Region, Target
+from holdfast.values import (
+    CONFIG_REGION,
+    Handover,
+    Iova,
+    IrqIndex,
+    IrqInfo,
+    Perm,
+    Promises,
+    Region,
+    Target,
+)
 
 CAUTION: Final = (
     "no IOMMU: the function reaches all memory of this machine. A wrong address in a driver or a"
     " program corrupts other processes or the kernel, silently. Isolation between clients, and the"
     " unmap that stops a card which cannot be quieted, are lost; memory of a dead client is kept"
-    " until the card is seen idle. If the keeper is killed, only uio_pci_generic stops the card;"
-    " the memory stays in named huge page files until the next keeper has found it."
+    " until the card is seen idle. If the keeper is killed with everything that holds its"
+    " descriptors, only uio_pci_generic stops the card; the memory stays in named huge page files"
+    " until the next keeper has found it."
 )
 """What is lost, for whoever opens ``backend=uio``: print it."""
+
+KIND: Final = "uio"
+"""What ``notes["backend"]`` of a handover says."""
 
 UIO_DRIVER: Final = "uio_pci_generic"
 _UNTRANSLATED: Final = "identity"
@@ -63,6 +78,9 @@ class UioBackend:
 
     Needs root. Owns everything it opens, and the source of memory.
     """
+
+    _relay: IntxRelay | None = None
+    _memory: PhysicalFiles | None = None
 
     def __init__(
         self,
@@ -84,8 +102,6 @@ class UioBackend:
         self._target = str(target)
         self._bdf = target.bdf
         self._resettable = bool(found.reset_methods)
-        self._relay: IntxRelay | None = None
-        self._memory: PhysicalFiles | None = None
         self._enabled = False
         self._function = SysfsFunction(found, str(target), sysfs)
         try:
@@ -93,7 +109,8 @@ class UioBackend:
             self._function.set_command(Command.INTX_DISABLE, on=True)
             self._enable(found, sysfs)
             self._function.set_command(Command.MEMORY, on=True)
-            self._intx = self._open_uio(found, sysfs, dev)
+            self._intx = False
+            self._open_uio(found, sysfs, dev)
             self._memory = PhysicalFiles(
                 directory or hugetlb.mount_point(),
                 target.bdf,
@@ -102,6 +119,44 @@ class UioBackend:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def resume(cls, target: Target, found: Incoming, *, sysfs: Path = SYSFS) -> Self:
+        """Go on with a function of a predecessor that was killed; see ``backends.resume``.
+
+        Nothing is written to the function. What it had given out of its memory is to be adopted
+        first (:meth:`memory`); interrupts come once ``set_irqs`` was called. Raises BadTarget or
+        DeviceGone if the function is not there any more, ProtocolError if the handover makes no
+        sense; what the predecessor held is then as it was.
+        """
+        self = cls.__new__(cls)
+        function = pci_sysfs.function(target.bdf, sysfs)
+        self._target = str(target)
+        self._bdf = target.bdf
+        self._resettable = bool(function.reset_methods)
+        self._enabled = bool(found.number("enabled"))
+        self._function = SysfsFunction(function, str(target), sysfs, found)
+        try:
+            self._intx = "uio" in found and self._has_line(function, sysfs)
+            if "uio" in found:
+                self._hold_uio(found.take("uio"))
+            bits = int(target.options.get("dma_bits", 64))
+            self._memory = PhysicalFiles.resume(found, target.bdf, dma_bits=bits)
+        except BaseException:
+            if self._relay is not None:
+                self._relay.close()
+            self._function.close()
+            raise
+        return self
+
+    def hand_over(self) -> Handover:
+        """Configuration space, the lock, the uio device, and whoever holds the pins of memory."""
+        memory = self.memory().hand_over()
+        fds = self._function.descriptors() | dict(memory.fds)
+        if self._relay is not None:
+            fds["uio"] = self._relay.fd
+        notes = {"backend": KIND, "enabled": int(self._enabled), **memory.notes}
+        return Handover(fds, notes)
 
     @property
     def promises(self) -> Promises:
@@ -222,6 +277,9 @@ class UioBackend:
         """0: nothing is ever mapped, and nothing can be put out of the function's reach."""
         return 0
 
+    def dma_unmap_all(self) -> None:
+        """Nothing is ever mapped; what the function can reach is all of memory."""
+
     # -- the whole function ----------------------------------------------------------------------
 
     def reset(self) -> None:
@@ -256,11 +314,11 @@ class UioBackend:
             self._function.attribute("enable", "1")
             self._enabled = True
 
-    def _open_uio(self, found: PciFunction, sysfs: Path, dev: Path) -> bool:
-        """Hold /dev/uioN if there is one; True if it brings interrupts."""
+    def _open_uio(self, found: PciFunction, sysfs: Path, dev: Path) -> None:
+        """Hold /dev/uioN if there is one."""
         path = pci_sysfs.device_path(found.bdf, sysfs)
         if found.driver is None:
-            return False
+            return
         try:
             name = next(entry.name for entry in (path / "uio").iterdir())
         except (OSError, StopIteration):
@@ -270,13 +328,19 @@ class UioBackend:
                 target=self._target,
                 hint=f"holdfast bind {found.bdf} --driver {UIO_DRIVER}",
             ) from None
-        # As the driver decides it: a function without an interrupt line has irq 0.
-        line = pci_sysfs.text(path / "irq") not in (None, "0")
-        pin = self._function.read(CONFIG_REGION, pci_regs.INTERRUPT_PIN, 1) != b"\0"
+        self._intx = self._has_line(found, sysfs)
+        self._hold_uio(dev / name)
+
+    def _has_line(self, found: PciFunction, sysfs: Path) -> bool:
+        """As the driver decides it: a function without an interrupt line has irq 0."""
+        line = pci_sysfs.text(pci_sysfs.device_path(found.bdf, sysfs) / "irq")
+        pin = self._function.read(CONFIG_REGION, pci_regs.INTERRUPT_PIN, 1)
+        return line not in (None, "0") and pin != b"\0"
+
+    def _hold_uio(self, place: Path | int) -> None:
         self._relay = IntxRelay(
-            dev / name, interrupts=line and pin, on_gone=lambda: self._function.gone("uio")
+            place, interrupts=self._intx, on_gone=lambda: self._function.gone("uio")
         )
-        return line and pin
 
     def _quiet(self) -> HoldfastError | None:
         """Turn bus mastering and INTx off; the error if the function is there and did not obey."""

@@ -37,6 +37,7 @@ from holdfast.errors import (
     NotSupported,
 )
 from holdfast.kernel.failure import failure
+from holdfast.kernel.handover import Incoming
 from holdfast.kernel.mapping import PAGE, Mapping
 from holdfast.kernel.pci_sysfs import PciFunction, device_path
 from holdfast.uapi import pci_regs
@@ -66,8 +67,13 @@ class SysfsFunction:
     raises it.
     """
 
-    def __init__(self, function: PciFunction, target: str, sysfs: Path) -> None:
-        """Raises Busy naming the holder, NoPermission, or DeviceGone."""
+    def __init__(
+        self, function: PciFunction, target: str, sysfs: Path, found: Incoming | None = None
+    ) -> None:
+        """Raises Busy naming the holder, NoPermission, or DeviceGone.
+
+        ``found`` has a predecessor's descriptors, and with them the lock: see :meth:`descriptors`.
+        """
         self.target = target
         self.on_gone: Callable[[], None] | None = None
         self.lock = threading.RLock()
@@ -76,20 +82,28 @@ class SysfsFunction:
         self._fds: list[int] = []
         self._state: type[HoldfastError] | None = None
         try:
-            self._config = self._open("config")
+            self._config = self._open("config") if found is None else self._taken(found, "config")
             memory = [
                 (index, resource.size)
                 for index, resource in enumerate(function.resources[: pci_regs.BASE_ADDRESSES])
                 if resource.flags & _IORESOURCE_MEM and resource.size and not resource.start % PAGE
             ]
-            lock = self._open(f"resource{memory[0][0]}") if memory else self._config
-            self._take(lock)
+            self._lock = self._config
+            if memory:
+                name = f"resource{memory[0][0]}"
+                self._lock = self._open(name) if found is None else self._taken(found, "lock")
+            self._take(self._lock)
             self.regions = self._list_regions(dict(memory))
             for index, size in memory:
                 self._map(index, size)
         except BaseException:
             self.close()
             raise
+
+    def descriptors(self) -> dict[str, int]:
+        """What a successor needs to be the one user; all of it stays owned here."""
+        found = {"config": self._config}
+        return found if self._lock == self._config else found | {"lock": self._lock}
 
     # -- regions ---------------------------------------------------------------------------------
 
@@ -208,6 +222,10 @@ class SysfsFunction:
             raise self._failed(error, f"open {name}") from error
         self._fds.append(fd)
         return fd
+
+    def _taken(self, found: Incoming, name: str) -> int:
+        self._fds.append(found.take(name))
+        return self._fds[-1]
 
     def _take(self, fd: int) -> None:
         try:

@@ -29,12 +29,15 @@ class IntxRelay:
     """Owns ``/dev/uioN`` and, if the function has an interrupt, a thread that reads it.
 
     The thread rings the eventfd that was set last, and calls ``on_gone`` once when the driver has
-    lost the function.
+    lost the function. It owns a predecessor's descriptor that it is given in the place of a path,
+    also on error.
     """
 
-    def __init__(self, path: Path, *, interrupts: bool, on_gone: Callable[[], object]) -> None:
+    def __init__(
+        self, path: Path | int, *, interrupts: bool, on_gone: Callable[[], object]
+    ) -> None:
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = path if isinstance(path, int) else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise failure(error, "open", str(path)) from error
         self._lock = threading.Lock()
@@ -49,6 +52,11 @@ class IntxRelay:
                 raise
             self._thread = threading.Thread(target=self._run, name="intx", daemon=True)
             self._thread.start()
+
+    @property
+    def fd(self) -> int:
+        """``/dev/uioN``, for a successor. It stays owned here."""
+        return self._fd
 
     def aim(self, eventfd: int | None) -> None:
         """Ring a duplicate of ``eventfd`` from now on, or nothing."""

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from holdfast.backends.region_access import checked, existing, require_small
+from holdfast.backends.vfio_irq_record import IrqRecord
 from holdfast.backends.vfio_irqs import Irqs
 from holdfast.backends.vfio_regions import discover
 from holdfast.contracts import DmaContext, Doorbell, HostMemory, RegionMap
@@ -37,7 +38,16 @@ from holdfast.errors import (
     NotSupported,
 )
 from holdfast.kernel import vfio_device as kernel
-from holdfast.values import CONFIG_REGION, Iova, IrqIndex, IrqInfo, Perm, Promises, Region
+from holdfast.values import (
+    CONFIG_REGION,
+    Handover,
+    Iova,
+    IrqIndex,
+    IrqInfo,
+    Perm,
+    Promises,
+    Region,
+)
 
 PAGE: Final = 4096
 _ONES: Final = {count: b"\xff" * count for count in (1, 2, 4, 8)}
@@ -64,7 +74,13 @@ class IoSpace(Protocol):
         """The bytes really unmapped."""
         ...
 
+    def unmap_all(self, target: str) -> None: ...
+
     def context(self) -> DmaContext: ...
+
+    def hand_over(self) -> Handover:
+        """What a successor needs of it; the descriptors stay the space's."""
+        ...
 
 
 class Descriptor:
@@ -121,12 +137,21 @@ class VfioBackend:
     """``contracts.FunctionBackend`` over a device descriptor and an I/O address space.
 
     Takes ownership of ``fd``, and calls ``leave`` once when it needs the space no more: also when
-    this raises. Any thread.
+    this raises. Any thread. With a predecessor's ``record`` and ``request_fd``, owned here too,
+    the function is as it was left: nothing is changed, everything is asked anew.
     Registers of 8 bytes may reach the function as two accesses of 4: kernels before 6.11 have no
     wider one (drivers/vfio/pci/vfio_pci_rdwr.c ``vfio_pci_core_do_io_rw``).
     """
 
-    def __init__(self, fd: int, space: IoSpace, target: str, leave: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        fd: int,
+        space: IoSpace,
+        target: str,
+        leave: Callable[[], None],
+        record: IrqRecord | None = None,
+        request_fd: int | None = None,
+    ) -> None:
         self._target = target
         self._space = space
         self._leave = leave
@@ -135,13 +160,16 @@ class VfioBackend:
         self._gone = False
         self._resetting = 0
         self._on_gone: Callable[[], None] | None = None
+        irqs: Irqs | None = None
         try:
+            self._irqs = irqs = Irqs(self._device, target, record, request_fd)
             info = kernel.device_info(fd, target)
             self._regions = discover(fd, info.regions, target)
-            self._irqs = Irqs(self._device, target)
             self._promises = Promises(strict_unmap=True, reset=info.resets)
         except BaseException:
             self._device.close()
+            if irqs is not None:
+                irqs.close()
             leave()
             raise
 
@@ -287,7 +315,22 @@ class VfioBackend:
         with self._device:
             return self._space.unmap(int(iova), size, self._target)
 
+    def dma_unmap_all(self) -> None:
+        """Take everything away that is mapped in the I/O address space, by whomever."""
+        with self._device:
+            self._space.unmap_all(self._target)
+
     # -- the whole function ----------------------------------------------------------------------
+
+    def hand_over(self) -> Handover:
+        """The device, what is known of its interrupts, and the I/O address space."""
+        space = self._space.hand_over()
+        fds = {"device": self._device.number, **space.fds}
+        if self._irqs.record is not None:
+            fds["irqs"] = self._irqs.record.fd
+        if self._irqs.request_fd is not None:
+            fds["request"] = self._irqs.request_fd
+        return Handover(fds, space.notes)
 
     def reset(self) -> None:
         """VFIO_DEVICE_RESET; configuration space and interrupts are the kernel's to restore.

@@ -11,28 +11,42 @@ from __future__ import annotations
 import errno
 import os
 from functools import partial
-from typing import Final
+from typing import Final, Self
 
-from holdfast.backends import vfio_units
+from holdfast.backends import vfio_resume, vfio_units
 from holdfast.backends.pci_usable import blockers
 from holdfast.backends.vfio_device import Descriptor, VfioBackend
 from holdfast.contracts import DmaContext
 from holdfast.errors import HoldfastError, NotSupported
 from holdfast.kernel import dma_pin, iommufd, vfio_type1
+from holdfast.kernel.handover import Incoming
 from holdfast.kernel.limits import Charge, require_lockable
 from holdfast.kernel.pci_sysfs import PciFunction
-from holdfast.values import Perm
+from holdfast.values import Bdf, Handover, Perm
+
+KIND: Final = "iommufd"
+"""What ``notes["backend"]`` of a handover says."""
 
 
 class IommufdSpace(vfio_units.Unit):
     """An iommufd with one IOAS, for one group: ``IoSpace``. Any thread."""
 
     def __init__(self, group: int, target: str) -> None:
+        self._start(group, vfio_type1.open_node(iommufd.NODE, target), None, target)
+
+    @classmethod
+    def resume(cls, group: int, fd: int, ioas: int, target: str) -> Self:
+        """Go on with a predecessor's iommufd. Takes ownership of ``fd``, also on error. What is
+        mapped stays mapped."""
+        self = cls.__new__(cls)
+        self._start(group, fd, ioas, target)
+        return self
+
+    def _start(self, group: int, fd: int, ioas: int | None, target: str) -> None:
         self._group = group
-        fd = vfio_type1.open_node(iommufd.NODE, target)
         self._fd = Descriptor(fd, target)
         try:
-            self.ioas = iommufd.new_ioas(fd, target)
+            self.ioas = iommufd.new_ioas(fd, target) if ioas is None else ioas
             self._map = (
                 iommufd.map_file if iommufd.has_map_file(fd, target) else iommufd.map_file_here
             )
@@ -76,8 +90,17 @@ class IommufdSpace(vfio_units.Unit):
         with self._fd as fd:
             return iommufd.unmap(fd, self.ioas, iova, size, target)
 
+    def unmap_all(self, target: str) -> None:
+        # The whole range means everything there is, guarded or not (iommufd/ioas.c).
+        with self._fd as fd:
+            iommufd.unmap(fd, self.ioas, 0, (1 << 64) - 1, target)
+
     def context(self) -> DmaContext:
         return DmaContext("iommufd", self._fd.number, self.ioas)
+
+    def hand_over(self) -> Handover:
+        notes = {"backend": KIND, "group": self._group, "ioas": self.ioas}
+        return Handover({"iommufd": self._fd.number}, notes)
 
     def end(self) -> None:
         self._fd.close()
@@ -108,6 +131,21 @@ def open_function(function: PciFunction, target: str) -> VfioBackend:
         leave()
         raise
     return VfioBackend(fd, space, target, leave)
+
+
+def resume_function(bdf: Bdf, found: Incoming, target: str) -> VfioBackend:
+    """Go on with a function of a predecessor's: no call is made that changes anything.
+
+    The functions of a group were handed over with the same iommufd: the first one's is used for
+    all. ProtocolError if the handover does not make sense.
+    """
+    group, ioas = found.number("group"), found.number("ioas")
+
+    def make() -> IommufdSpace:
+        return IommufdSpace.resume(group, found.take("iommufd"), ioas, target)
+
+    space = _UNITS.take(group, bdf, make)
+    return vfio_resume.device(found, space, target, partial(_UNITS.drop, group, bdf, space))
 
 
 def _explained(error: HoldfastError, function: PciFunction, target: str) -> HoldfastError:

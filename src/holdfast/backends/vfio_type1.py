@@ -12,16 +12,20 @@ from __future__ import annotations
 import errno
 import os
 from functools import partial
-from typing import Final
+from typing import Final, Self
 
-from holdfast.backends import vfio_units
+from holdfast.backends import vfio_resume, vfio_units
 from holdfast.backends.vfio_device import Descriptor, VfioBackend
 from holdfast.contracts import DmaContext
 from holdfast.errors import HoldfastError, NotSupported, SystemFailure
 from holdfast.kernel import dma_pin, vfio_type1
+from holdfast.kernel.handover import Incoming
 from holdfast.kernel.limits import Charge, require_lockable
 from holdfast.kernel.pci_sysfs import PciFunction
-from holdfast.values import Perm
+from holdfast.values import Bdf, Handover, Perm
+
+KIND: Final = "type1"
+"""What ``notes["backend"]`` of a handover says."""
 
 
 class Type1Space(vfio_units.Unit):
@@ -49,6 +53,21 @@ class Type1Space(vfio_units.Unit):
         except BaseException:
             self._group.close()
             raise
+
+    @classmethod
+    def resume(cls, number: int, group: int, container: int, target: str) -> Self:
+        """Go on with a predecessor's group and container. Takes ownership of the descriptors, also
+        on error. What is mapped stays mapped."""
+        self = cls.__new__(cls)
+        self._number = number
+        self._group = Descriptor(group, target)
+        self._container = Descriptor(container, target)
+        try:
+            self.info = vfio_type1.info(container, target)
+        except BaseException:
+            self.end()
+            raise
+        return self
 
     @property
     def isolation(self) -> str:
@@ -85,8 +104,16 @@ class Type1Space(vfio_units.Unit):
         with self._container as container:
             return vfio_type1.unmap(container, iova, size, target)
 
+    def unmap_all(self, target: str) -> None:
+        with self._container as container:
+            vfio_type1.unmap_all(container, target)
+
     def context(self) -> DmaContext:
         return DmaContext("type1", self._container.number)
+
+    def hand_over(self) -> Handover:
+        fds = {"group": self._group.number, "container": self._container.number}
+        return Handover(fds, {"backend": KIND, "group": self._number})
 
     def end(self) -> None:
         # The group first: its release detaches it from the container and unpins everything.
@@ -112,6 +139,22 @@ def open_function(function: PciFunction, target: str) -> VfioBackend:
         leave()
         raise
     return VfioBackend(fd, space, target, leave)
+
+
+def resume_function(bdf: Bdf, found: Incoming, target: str) -> VfioBackend:
+    """Go on with a function of a predecessor's: no call is made that changes anything.
+
+    The functions of a group were handed over with the same group and container: the first one's
+    are used for all. ProtocolError if the handover does not make sense.
+    """
+    group = found.number("group")
+
+    def make() -> Type1Space:
+        found.fd("container")
+        return Type1Space.resume(group, found.take("group"), found.take("container"), target)
+
+    space = _UNITS.take(group, bdf, make)
+    return vfio_resume.device(found, space, target, partial(_UNITS.drop, group, bdf, space))
 
 
 def _open_group(function: PciFunction, group: int, target: str) -> int:

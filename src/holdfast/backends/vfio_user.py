@@ -4,13 +4,12 @@
 Fulfils ``contracts.FunctionBackend``. The descriptors of DMA windows go to the server, which maps
 them; memory without a descriptor is served by message (``vfio_user_link``). The stream stays whole
 if this process is killed at any instruction (``kernel.stream``), so a successor that holds the same
-socket can go on with :meth:`VfioUserBackend.resume`.
+descriptors (:meth:`VfioUserBackend.hand_over`) can go on with :meth:`VfioUserBackend.resume`.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -19,9 +18,11 @@ from typing import Final, Self, TypeVar
 
 from holdfast.backends.region_access import checked, existing, require_small
 from holdfast.backends.vfio_user_discover import decoded, discover, doorbells_of
+from holdfast.backends.vfio_user_handover import KIND, describe, take_up
 from holdfast.backends.vfio_user_link import ClientLink, connect
 from holdfast.backends.vfio_user_memory import Served, ServedMemory, of_file
-from holdfast.contracts import Doorbell, HostMemory, RegionMap
+from holdfast.backends.vfio_user_trail import Trail
+from holdfast.contracts import Doorbell, FileWindow, Handover, HostMemory, MemoryWindow, RegionMap
 from holdfast.errors import (
     BadAccess,
     Busy,
@@ -75,7 +76,7 @@ class VfioUserBackend:
         self,
         sock: socket.socket,
         *,
-        target: str = "vfio-user",
+        target: str = KIND,
         timeout: float = TIMEOUT,
         reset_timeout: float = RESET_TIMEOUT,
         capabilities: Capabilities = CLIENT,
@@ -85,8 +86,14 @@ class VfioUserBackend:
         Raises :class:`DeviceGone`, :class:`ProtocolError` or :class:`RemoteError`; the socket is
         closed then.
         """
-        session = ClientSession(capabilities)
-        self._start(sock, session, target, timeout, reset_timeout, ())
+        self._configure(target, timeout, reset_timeout)
+        self._session = ClientSession(capabilities)
+        try:
+            trail = Trail()
+        except BaseException:
+            sock.close()
+            raise
+        self._link = ClientLink(sock, self._session, self._memory, target, trail)
         try:
             self._negotiate()
             self._found, self._region_fds = discover(self._request, target)
@@ -103,49 +110,36 @@ class VfioUserBackend:
     @classmethod
     def resume(
         cls,
-        sock: socket.socket,
+        handover: Handover,
         *,
-        target: str = "vfio-user",
+        target: str = KIND,
         timeout: float = TIMEOUT,
-        peer: Capabilities | None = None,
-        memories: Iterable[tuple[Iova, int, Perm, HostMemory]] = (),
+        memories: Iterable[MemoryWindow] = (),
+        files: Iterable[FileWindow] = (),
     ) -> Self:
-        """Go on with a connection that a predecessor negotiated and left in step.
+        """Go on with a connection that a predecessor negotiated; see ``backends.resume``.
 
-        Replies to the predecessor's requests are dropped up to that of a fresh query. ``peer`` is
-        what the server told the predecessor; without it the protocol's defaults hold. ``memories``
-        are windows that are mapped without a descriptor: the server may ask for them at once.
+        Replies to the predecessor's requests are dropped. Waits for the last of them: up to the
+        time that a reset may take.
         """
         self = cls.__new__(cls)
-        # A predecessor counted its ids from 1; start elsewhere, so that its replies do not match.
-        session = ClientSession(first_id=0x4000 + secrets.randbelow(0xC000))
-        session.peer = peer if peer is not None else Capabilities()
-        self._start(sock, session, target, timeout, RESET_TIMEOUT, memories)
+        self._configure(target, timeout, RESET_TIMEOUT)
+        self._session, self._link = take_up(handover, self._memory, memories, files, target)
         try:
+            info: Parts = [m.DeviceInfo().encode()]
+            self._link.request(Command.DEVICE_GET_INFO, info, timeout=RESET_TIMEOUT)[1].close()
             self._found, self._region_fds = discover(self._request, target)
         except BaseException:
             self._link.close()
             raise
         return self
 
-    def _start(
-        self,
-        sock: socket.socket,
-        session: ClientSession,
-        target: str,
-        timeout: float,
-        reset_timeout: float,
-        memories: Iterable[tuple[Iova, int, Perm, HostMemory]],
-    ) -> None:
+    def _configure(self, target: str, timeout: float, reset_timeout: float) -> None:
         self._target = target
         self._timeout = timeout
         self._reset_timeout = reset_timeout
-        self._session = session
         self._bulk = threading.Lock()
         self._memory = ServedMemory()
-        for iova, size, perm, memory in memories:
-            self._memory.add(Served(iova, size, perm, memory))
-        self._link = ClientLink(sock, session, self._memory, target)
 
     def _negotiate(self) -> None:
         payload, fds = self._request(Command.VERSION, [self._session.hello()])
@@ -164,7 +158,7 @@ class VfioUserBackend:
 
     @property
     def peer(self) -> Capabilities:
-        """What the server told about itself; for a successor's :meth:`resume`."""
+        """What the server told about itself."""
         return self._session.peer
 
     @property
@@ -375,7 +369,16 @@ class VfioUserBackend:
         self._memory.remove(iova)
         return reply.size
 
+    def dma_unmap_all(self) -> None:
+        """Take every mapping away (vfio-user specification, DMA_UNMAP, "unmap all")."""
+        self._ask(Command.DMA_UNMAP, [m.DmaUnmap(u.UNMAP_ALL, 0, 0).encode()])
+        self._memory.clear()
+
     # -- the whole function ----------------------------------------------------------------------
+
+    def hand_over(self) -> Handover:
+        """The sockets, the trail, and what the server can do."""
+        return describe(self._link, self._session.peer)
 
     def reset(self) -> None:
         """DEVICE_RESET; :class:`RemoteError` if the function refuses."""

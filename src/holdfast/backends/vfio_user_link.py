@@ -5,6 +5,10 @@ The receiving thread hands replies to whoever waits and carries out the server's
 time, also while requests wait: a client that served DMA only between its own requests would stop
 the server, and so itself (vfio-user specification, "concurrency").
 
+A DMA command stays in the socket until it was answered, and what has been done about it is noted
+(``vfio_user_trail``): a process that is killed meanwhile leaves it to its successor. Replies are
+taken at once.
+
 A request that is not answered in time ends the connection: its outcome is unknown, and a function
 that hangs is as good as gone. From then on everything raises :class:`DeviceGone`.
 """
@@ -12,6 +16,7 @@ that hangs is as good as gone. From then on everything raises :class:`DeviceGone
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import threading
 import time
@@ -20,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from holdfast.backends.vfio_user_memory import ServedMemory
+from holdfast.backends.vfio_user_trail import Done, Trail
 from holdfast.errors import (
     Closed,
     DeviceGone,
@@ -28,6 +34,7 @@ from holdfast.errors import (
     RemoteError,
 )
 from holdfast.kernel.stream import Descriptors, Message, Stream
+from holdfast.steps import reach
 from holdfast.uapi.vfio_user import Command
 from holdfast.wire.vfio_user import client as wire
 from holdfast.wire.vfio_user.frame import Header, Part, Parts
@@ -50,8 +57,13 @@ def size_of(head: bytes) -> int:
     return Header.decode(head).size
 
 
+def is_command(head: bytes) -> bool:
+    """Whether the message with this header is a command of the server."""
+    return not Header.decode(head).is_reply
+
+
 class ClientLink:
-    """Owns the socket and its receiving thread. ``request`` may come from any thread."""
+    """Owns the socket, the trail and the receiving thread. ``request`` may come from any thread."""
 
     def __init__(
         self,
@@ -59,9 +71,12 @@ class ClientLink:
         session: wire.ClientSession,
         memory: ServedMemory,
         target: str,
+        trail: Trail,
     ) -> None:
+        """Takes ownership of ``sock`` and ``trail``."""
         self._session = session
         self._memory = memory
+        self._trail = trail
         self._target = target
         self._lock = threading.Lock()
         self._slots: dict[int, Slot] = {}
@@ -69,7 +84,7 @@ class ClientLink:
         self._closing = False
         self._told = False
         self._on_gone: Callable[[], None] | None = None
-        self._stream = Stream(sock, size_of)
+        self._stream = Stream(sock, size_of, hold=is_command)
         self._streams = [self._stream]
         self._threads: list[threading.Thread] = []
         self._receive_from(self._stream, twin=False)
@@ -88,8 +103,9 @@ class ClientLink:
     def add_twin(self, fd: int) -> None:
         """Serve DMA on the twin socket. Takes ownership of ``fd``."""
         try:
-            twin = Stream(socket.socket(fileno=fd), size_of)
+            twin = Stream(socket.socket(fileno=fd), size_of, hold=is_command)
         except OSError as error:
+            os.close(fd)
             raise ProtocolError(
                 "the twin is not a socket", operation="negotiate", target=self._target
             ) from error
@@ -126,10 +142,12 @@ class ClientLink:
             self._check_alive(command)
             ident, parts = self._session.command(command, payload)
             self._slots[ident] = slot
+            self._trail.sent(ident)
         try:
             self._stream.send(parts, fds, timeout)
         except (OSError, Closed) as error:  # WaitTimeout is an OSError, too
             self._lose(f"{command.name} could not be sent: {error}")
+        reach("keeper.request_sent")
         return slot
 
     def pipeline(self, command: Command, bodies: Sequence[Parts], *, timeout: float) -> list[Part]:
@@ -180,6 +198,13 @@ class ClientLink:
                 thread.join()
         for stream in self._streams:
             stream.close()
+        self._trail.close()
+
+    def descriptors(self) -> dict[str, int]:
+        """What a successor needs of this connection; all of it stays owned here."""
+        names = ("socket", "twin")
+        found = {name: stream.fileno() for name, stream in zip(names, self._streams, strict=False)}
+        return found | {"trail": self._trail.fd}
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -251,24 +276,41 @@ class ClientLink:
                 if slot is not None:
                     slot.reply, slot.fds = event, Descriptors(fds.take())
                     slot.done.release()
-                return
-            answer: Parts | None = None
-            if isinstance(event, wire.DmaRequest):
-                answer = self._serve(event)
-            elif isinstance(event, wire.Refused):
-                answer = event.reply
-            if answer is not None:
-                stream.send(answer)
+            elif isinstance(event, wire.DmaRequest):
+                self._serve(stream, event, twin)
+            elif isinstance(event, wire.Refused) and event.reply is not None:
+                stream.send(event.reply)
+        if message.held:
+            stream.release()
+            self._trail.taken(twin)
+            reach("keeper.relay_taken")
 
-    def _serve(self, event: wire.DmaRequest) -> Parts | None:
-        access = event.access
+    def _serve(self, stream: Stream, request: wire.DmaRequest, twin: bool) -> None:
+        """Carry out and answer a command, or what a predecessor left to be done of it."""
+        reach("keeper.relay_found")
+        done = self._trail.done(twin, request)
+        if done == Done.ANSWERED:
+            return
+        answer = self._carry_out(request, twin, already=done == Done.CARRIED_OUT)
+        if answer is not None:
+            stream.send(answer)
+        reach("keeper.relay_answered")
+        self._trail.answered(twin)
+        reach("keeper.relay_noted")
+
+    def _carry_out(self, request: wire.DmaRequest, twin: bool, *, already: bool) -> Parts | None:
+        access, data = request.access, b""
         try:
-            if event.write:
+            if not request.write:
+                data = self._memory.read(access.address, access.count)
+            elif not already:
                 self._memory.write(access.address, memoryview(access.data))
-                return self._session.done(event)
-            return self._session.done(event, self._memory.read(access.address, access.count))
         except OSError as error:
-            return self._session.failed(event, error.errno or errno.EIO)
+            return self._session.failed(request, error.errno or errno.EIO)
+        reach("keeper.relay_done")
+        self._trail.carried_out(twin, request)
+        reach("keeper.relay_carried")
+        return self._session.done(request, data)
 
 
 def connect(path: str, timeout: float) -> socket.socket:

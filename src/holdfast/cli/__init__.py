@@ -28,6 +28,7 @@ _COMMANDS = {
     "lab": "virtual machines with a real kernel and IOMMU, to run commands and tests in",
     "ps": "show leases: who holds what, and why memory is still held",
     "regs": "print a function's registers, from the rows its driver uses",
+    "run": "run a command, and report its exit only after its leases have been released",
     "serve": "keep a function: hand out leases, outlive their holders",
     "unbind": "give PCI functions back to the drivers they had",
 }

@@ -36,6 +36,7 @@ class FramePool:
         self._stack: Frames = np.arange(frames - 1, -1, -1, dtype=np.int64)
         self._free = frames
         self._taken = np.zeros(frames, np.bool_)
+        self._claiming = True
 
     @property
     def free_bytes(self) -> int:
@@ -47,6 +48,26 @@ class FramePool:
         """Bytes in all frames, free or not."""
         return len(self._taken) * self.frame_size
 
+    def claim(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Count extents as taken: a predecessor had given them out. First of all.
+
+        UsageError with nothing changed after a :meth:`take` or :meth:`give_back`, or if a frame is
+        taken already, named twice, or not there.
+        """
+        frames = self._frames(extents)
+        twice = len(np.unique(frames)) != len(frames)
+        if not self._claiming or twice or self._taken[frames].any():
+            raise UsageError("frames that are taken", operation="claim frames")
+        self._taken[frames] = True
+        self._free -= len(frames)
+
+    def _settle(self) -> None:
+        """Nothing is claimed any more: what is left makes the stack."""
+        if self._claiming and self._free < len(self._taken):
+            free = np.flatnonzero(~self._taken)[::-1]
+            self._stack[: len(free)] = free
+        self._claiming = False
+
     def take(self, nbytes: int) -> list[tuple[int, int]]:
         """Whole frames for ``nbytes`` bytes, those freed last first, adjacent ones in one extent.
 
@@ -54,6 +75,7 @@ class FramePool:
         """
         if nbytes < 1:
             raise UsageError(f"{nbytes} bytes", operation="take frames")
+        self._settle()
         count = -(-nbytes // self.frame_size)
         if count > self._free:
             raise OutOfMemory(
@@ -72,6 +94,7 @@ class FramePool:
         Any cut of what was taken will do. UsageError with nothing freed if a frame is not taken
         (double free), named twice, or if an extent is not made of whole frames.
         """
+        self._settle()
         frames = self._frames(extents)
         if not self._taken[frames].all():
             raise UsageError("frames that are not taken", operation="give frames back")

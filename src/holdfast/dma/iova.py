@@ -12,6 +12,10 @@ round, however far ahead of the cursor it lies; only when nothing above the curs
 does a new round start, with all free ranges coalesced. *Retired* ranges are in no round until they
 are reinstated. One granule stays free behind each range, so that an overrun meets no neighbour.
 
+A successor *claims* what its predecessor had handed out, before it takes anything. It cannot know
+how far the other cursor was in its round, so its own starts above everything claimed; what is free
+below joins the next round.
+
 Cost. What the cursor has passed over is unused until the next round. Within a round the first range
 that is large enough is found in a tree of maxima, O(log n); starting a round is O(n log n), and
 happens at most once for each range given back.
@@ -19,6 +23,7 @@ happens at most once for each range given back.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from holdfast.errors import IovaExhausted, UsageError
@@ -118,6 +123,38 @@ class IovaSpace:
         self._wrapped_largest: int | None = None
         """What the largest range of a new round would have, once a wrap was tried in vain."""
         self._taken: dict[int, _Taken] = {}
+        self._claims: list[tuple[int, int]] | None = []
+        """What was claimed, with guards, in address order; None once something was taken."""
+
+    def claim(self, iova: int, size: int, *, retired: bool = False) -> None:
+        """A range that a predecessor handed out (and retired): in use here from now on.
+
+        In any order, but before the first :meth:`take`. UsageError, with nothing changed, if the
+        range cannot have come from a space like this one, or overlaps one that was claimed, even
+        if that was given back since.
+        """
+        start, rounded = int(iova), self._rounded(size)
+        end = start + rounded + self.granule
+        problem = ""
+        if self._claims is None:
+            problem = "something was taken already"
+        elif size < 1 or start % self.granule or start < self.base:
+            problem = "it cannot have been handed out"
+        elif end > self.limit + self.granule:
+            problem = "it ends behind the limit"
+        else:
+            place = bisect_left(self._claims, (start, end))
+            before, behind = self._claims[:place][-1:], self._claims[place : place + 1]
+            if (before and before[0][1] > start) or (behind and behind[0][0] < end):
+                problem = "it overlaps another one"
+        if problem or self._claims is None:
+            raise UsageError(f"{size:#x} bytes at {start:#x}: {problem}", operation="claim IOVA")
+        self._claims.insert(place, (start, end))
+        self._taken[start] = _Taken(rounded, retired)
+        if retired:
+            self.retired += rounded
+        else:
+            self.in_use += rounded
 
     def take(self, size: int) -> Iova:
         """``size`` bytes above everything handed out in this round.
@@ -128,6 +165,7 @@ class IovaSpace:
             raise UsageError(f"{size} bytes", operation="take IOVA")
         rounded = self._rounded(size)
         span = rounded + self.granule
+        self._settle()
         start = self._round.take(span)
         if start is None:
             start = self._wrap(span)
@@ -153,6 +191,18 @@ class IovaSpace:
         taken = self._find(iova, size, retired=True, operation="reinstate IOVA")
         self.retired -= taken.size
         self._return(iova)
+
+    def _settle(self) -> None:
+        """Nothing is claimed any more: start above the claims, with what is free between them, and
+        what was given back since, for the next round."""
+        claims, self._claims = self._claims, None
+        if not claims:
+            return
+        ends = [self.base] + [end for _, end in claims]
+        starts = [start for start, _ in claims]
+        self._returned += [gap for gap in zip(ends, starts, strict=False) if gap[0] < gap[1]]
+        top = self.limit + self.granule
+        self._round = _Round([(ends[-1], top)] if ends[-1] < top else [])
 
     def _rounded(self, size: int) -> int:
         return -(-size // self.granule) * self.granule

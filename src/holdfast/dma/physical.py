@@ -14,50 +14,41 @@ registered buffer of an io_uring (``kernel.io_uring``). Against the keeper's dea
 name: the file stays, and with it the frames, until the next keeper finds it (:meth:`leftovers`) and
 has proven that the function is quiet. The name carries boot, function and a number. The keeper maps
 the file to pin it and to ask for addresses, and never touches the mapping: a client could have
-truncated the file under it, which would be a SIGBUS.
+truncated the file under it, which would be a SIGBUS. A second process has the ring as well
+(``kernel.ring_holder``): a successor that adopts a slab gets its pins, and needs no mapping.
 
 Cost. Whole pages of 2 MiB, taken from a pool that an administrator has to fill. If a client punches
-its file *and* the keeper is killed before the function is quiet, nothing holds the frame any more:
-then only the end of bus mastering does (``backends.uio``).
+its file *and* keeper and holder are killed before the function is quiet, nothing holds the frame
+any more: then only the end of bus mastering does (``backends.uio``).
 """
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Self
 
-import numpy as np
-import numpy.typing as npt
-
+from holdfast.dma.physical_slab import (
+    LARGEST,
+    NAME,
+    Held,
+    coalesced,
+    describe,
+    described,
+    pieces,
+)
 from holdfast.dma.slab import SlabMemory
-from holdfast.errors import BadBuffer, Closed, OutOfMemory, UsageError
+from holdfast.errors import BadBuffer, Closed, HoldfastError, OutOfMemory, UsageError
 from holdfast.kernel import hugetlb, memfd, pagemap
 from holdfast.kernel.failure import failure
+from holdfast.kernel.handover import Incoming
 from holdfast.kernel.io_uring import LARGEST_PIN, PinTable
+from holdfast.kernel.ring_holder import RingHolder
 from holdfast.uapi.io_uring import MAX_REG_BUFFERS
-from holdfast.values import Bdf
-
-_NAME: Final = re.compile(r"holdfast-([0-9a-f]{32})-(.{12})-([0-9]{1,18})")
-_LARGEST: Final = 1 << 47
-"""No file of a slab is larger: user addresses of x86-64 end here."""
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """One slab: its file, and what this process does to keep it. Only under ``lock``."""
-
-    memory: SlabMemory
-    path: Path
-    file_size: int
-    address: int | None = None
-    slots: list[int] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+from holdfast.values import Bdf, Handover
 
 
 class PhysicalFiles:
@@ -76,10 +67,12 @@ class PhysicalFiles:
         *,
         dma_bits: int = 64,
         boot: str | None = None,
+        holder: RingHolder | None = None,
     ) -> None:
         """Slabs are files in ``directory`` (on hugetlbfs). ``boot`` is for tests.
 
-        Raises NoPermission or NotSupported if no pins can be taken here.
+        Raises NoPermission or NotSupported if no pins can be taken here. ``holder``: as in
+        :meth:`resume`.
         """
         self.directory = directory
         self.dma_bits = dma_bits
@@ -87,14 +80,47 @@ class PhysicalFiles:
         self._bdf = bdf
         self._boot = boot or hugetlb.boot_id()
         self._lock = threading.Lock()
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         self._closed = False
         # A name that a predecessor left must not be taken again.
         numbers = [number for _, boot_id, number in self._files() if boot_id == self._boot]
         self._next = max(numbers, default=0) + 1
         self._adopting = threading.Lock()
-        self._left: list[_Held] | None = None
-        self._pins = PinTable(MAX_REG_BUFFERS)
+        self._left: list[Held] | None = None
+        slots = MAX_REG_BUFFERS
+        ring = holder.ring() if holder is not None else None
+        self._stale = ring is not None
+        """Whether the ring may have pins that nobody will claim."""
+        self._pins = PinTable(slots) if ring is None else PinTable.resume(ring, slots)
+        try:
+            if holder is not None and ring is None:
+                holder.let_go()
+                holder = None
+            self._holder = holder or RingHolder.start(self._pins.fd)
+        except BaseException:
+            self._pins.close()
+            raise
+
+    @classmethod
+    def resume(cls, found: Incoming, bdf: Bdf, *, dma_bits: int = 64) -> Self:
+        """The source of a predecessor that was killed; its descriptors are taken from ``found``.
+
+        Adopt what it had given out before anything else. If nobody holds its pins any more, they
+        are taken anew.
+        """
+        directory = Path(found.text("directory"))
+        holder = RingHolder.resume(found)
+        try:
+            return cls(directory, bdf, dma_bits=dma_bits, holder=holder)
+        except BaseException:
+            holder.let_go()
+            raise
+
+    def hand_over(self) -> Handover:
+        """What :meth:`resume` needs. The descriptors stay the source's."""
+        holder = self._holder
+        fds = {"holder": holder.holder, "lifeline": holder.lifeline}
+        return Handover(fds, {"directory": str(self.directory), "ring": holder.number})
 
     @property
     def held_bytes(self) -> int:
@@ -113,14 +139,14 @@ class PhysicalFiles:
         Raises OutOfMemory, with the command that helps if the pool of huge pages is too small;
         also if the function could not reach what it got. Nothing is taken then.
         """
-        if not 0 < size <= _LARGEST:
+        if not 0 < size <= LARGEST:
             raise BadBuffer(f"{size} bytes", operation="take slab", target=str(self._bdf))
         rounded = -(-size // self.granule) * self.granule
         with self._lock:
             self._require_open()
             path = self._path(self._next)
             self._next += 1
-        held = _Held(
+        held = Held(
             SlabMemory(hugetlb.create(self.directory, path.name, rounded), []), path, rounded
         )
         try:
@@ -147,7 +173,62 @@ class PhysicalFiles:
                 self._left = self._look_for_leftovers()
             with self._lock:
                 self._left = [held for held in self._left if id(held.memory) in self._held]
+            if self._stale and not self._left:
+                # What is pinned and not held is of slabs that were about to be given back, or that
+                # nobody had heard of yet.
+                self._pins.sweep()
+                self._stale = False
             return [held.memory for held in self._left]
+
+    def describe(self, memory: SlabMemory) -> Handover:
+        return describe(self._require(memory, "describe slab"))
+
+    def adopt(self, handover: Handover) -> SlabMemory:
+        """Memory of a predecessor: held by its pins, or pinned anew if they are gone.
+
+        BadBuffer if it is not where it was any more, because a holder of the file punched it while
+        nobody had it pinned: then the function may be writing to somebody else's memory.
+        """
+        with Incoming(handover, str(self._bdf)) as found:
+            held, number = described(found, self.directory, self._boot, self._bdf)
+            with self._lock:
+                self._require_open()
+                # The name may be gone already, and must not be taken again all the same.
+                self._next = max(self._next, number + 1)
+                if self._left is not None:
+                    raise UsageError("the leftovers were looked for", operation="adopt memory")
+                if self._stale:
+                    self._pins.claim(pieces(held))
+            if not self._stale:
+                self._hold_again(held)
+            self._enter(held)
+            found.take("slab")
+            return held.memory
+
+    def _hold_again(self, held: Held) -> None:
+        """Pin memory whose pins were lost, and see that it is where it was."""
+        memory, pinned = held.memory, bool(held.slots)
+        was = (memory.extents, memory.addresses)
+        held.slots = []
+        if not pinned:
+            return
+        try:
+            status = os.fstat(memory.fd)
+            if status.st_blocks * 512 == status.st_size == held.file_size:
+                self._hold(held)
+                if (memory.extents, memory.addresses) == was:
+                    return
+            raise BadBuffer(
+                "pages were taken out of it while nobody had it pinned",
+                operation="adopt memory",
+                target=str(held.path),
+                hint="the function may be writing elsewhere: turn its bus mastering off",
+            )
+        except OSError as error:
+            raise failure(error, "adopt memory", str(held.path)) from error
+        except HoldfastError:
+            self._let_go(held)
+            raise
 
     def punch(self, memory: SlabMemory) -> None:
         """Unpin, and give the pages back to the kernel; the slab stays taken. Slow."""
@@ -174,6 +255,8 @@ class PhysicalFiles:
             held.path.unlink(missing_ok=True)
         except OSError as error:
             raise failure(error, "remove slab", str(held.path)) from error
+        if self._stale and self._left:
+            self.leftovers()  # it may have been the last one
 
     def close(self) -> None:
         """Drop pins, mappings and descriptors. What is still given out keeps its file. Idempotent.
@@ -194,6 +277,7 @@ class PhysicalFiles:
                 os.close(held.memory.fd)
                 held.memory.fd = -1
         self._pins.close()
+        self._holder.end()
 
     # -- details ---------------------------------------------------------------------------------
 
@@ -207,11 +291,11 @@ class PhysicalFiles:
         except OSError as error:
             raise failure(error, "list slabs", str(self.directory)) from error
         for name in names:
-            match = _NAME.fullmatch(name)
+            match = NAME.fullmatch(name)
             if match and match[2] == str(self._bdf):
                 yield self.directory / name, match[1], int(match[3])
 
-    def _look_for_leftovers(self) -> list[_Held]:
+    def _look_for_leftovers(self) -> list[Held]:
         """Files that are there and not given out by this object, held from now on."""
         with self._lock:
             self._require_open()
@@ -224,13 +308,13 @@ class PhysicalFiles:
                 found.append(held)
         return found
 
-    def _adopt(self, path: Path) -> _Held | None:
+    def _adopt(self, path: Path) -> Held | None:
         """Hold a file that was there before; None, and the file removed, if it has no pages."""
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise failure(error, "open leftover", str(path)) from error
-        held = _Held(SlabMemory(fd, []), path, 0)
+        held = Held(SlabMemory(fd, []), path, 0)
         try:
             status = os.fstat(fd)
             present = status.st_blocks * 512
@@ -239,7 +323,7 @@ class PhysicalFiles:
                 path.unlink()
                 os.close(fd)
                 return None
-            if present == status.st_size <= _LARGEST:
+            if present == status.st_size <= LARGEST:
                 self._hold(held)
             else:
                 # Mapping it would fill the holes with fresh pages. The frames that were in them are
@@ -252,7 +336,7 @@ class PhysicalFiles:
             raise
         return held
 
-    def _hold(self, held: _Held) -> None:
+    def _hold(self, held: Held) -> None:
         """Map, pin, and find out where the pages are."""
         memory, size = held.memory, held.file_size
         held.address = hugetlb.map_whole(memory.fd, size)
@@ -262,7 +346,7 @@ class PhysicalFiles:
         frames = pagemap.physical(held.address, size, self.granule)
         memory.extents, memory.addresses = coalesced(frames, self.granule)
 
-    def _let_go(self, held: _Held) -> None:
+    def _let_go(self, held: Held) -> None:
         """Undo :meth:`_hold`, as far as it got. May be repeated after an error."""
         try:
             while held.slots:
@@ -290,12 +374,12 @@ class PhysicalFiles:
                 " (QEMU's edu reaches as far as its dma_mask: -device edu,dma_mask=0xffffffffff)",
             )
 
-    def _enter(self, held: _Held) -> None:
+    def _enter(self, held: Held) -> None:
         with self._lock:
             self._require_open()
             self._held[id(held.memory)] = held
 
-    def _require(self, memory: SlabMemory, operation: str) -> _Held:
+    def _require(self, memory: SlabMemory, operation: str) -> Held:
         with self._lock:
             held = self._held.get(id(memory))
         if held is None or held.memory is not memory:
@@ -307,16 +391,3 @@ class PhysicalFiles:
             raise Closed(
                 "the source of memory is closed", operation="take slab", target=str(self._bdf)
             )
-
-
-def coalesced(frames: npt.NDArray[np.uint64], page: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Extents ``(offset, size)`` of a file, and the physical address of each.
-
-    ``frames`` are the addresses of its pages in order; pages that are neighbours in the file and in
-    memory share an extent. All figures in bytes.
-    """
-    breaks = np.flatnonzero(np.diff(frames) != np.uint64(page)) + 1
-    starts = np.concatenate((np.zeros(1, np.intp), breaks))
-    counts = np.diff(starts, append=len(frames))
-    extents = zip((starts * page).tolist(), (counts * page).tolist(), strict=True)
-    return list(extents), frames[starts].tolist()

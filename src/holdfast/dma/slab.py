@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 from holdfast.dma.arena import FramePool
 from holdfast.errors import BadBuffer, Closed, UsageError
 from holdfast.kernel import memfd
 from holdfast.kernel.failure import failure
+from holdfast.kernel.handover import Incoming
+from holdfast.values import Handover
 
 FRAME: Final = 4096
 
@@ -74,6 +77,23 @@ class SlabSource(Protocol):
     def recycle(self, memory: SlabMemory) -> None:
         """Make it available again, punched first unless it is already. UsageError the second
         time."""
+        ...
+
+    def describe(self, memory: SlabMemory) -> Handover:
+        """What :meth:`adopt` needs in a successor. The descriptors stay the source's.
+
+        UsageError for memory that is not given out.
+        """
+        ...
+
+    def adopt(self, handover: Handover) -> SlabMemory:
+        """Memory that a predecessor had given out: given out here, from now on.
+
+        Before the first :meth:`take` and :meth:`leftovers`. Takes ownership of ``handover.fds``,
+        also on error. What a predecessor gave out and nobody adopts is free here, or among the
+        leftovers. ProtocolError if it was not described by a source like this one, BadBuffer or
+        UsageError if it cannot be what it says.
+        """
         ...
 
     def close(self) -> None:
@@ -133,6 +153,19 @@ class _Books:
         return left
 
 
+def flat(extents: Sequence[tuple[int, int]]) -> list[int]:
+    """Extents as a note: offset and size by turns."""
+    return [number for extent in extents for number in extent]
+
+
+def extents_of(found: Incoming) -> list[tuple[int, int]]:
+    """The note that :func:`flat` made."""
+    numbers = found.numbers("extents")
+    if not numbers or len(numbers) % 2:
+        raise found.wrong(f"{len(numbers)} numbers are no extents")
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
 class OwnFiles:
     """A sealed memfd for every slab, never used for another one."""
 
@@ -154,6 +187,19 @@ class OwnFiles:
             self._books.require_open()
             fd = memfd.create("holdfast-slab", size)
             return self._books.give(SlabMemory(fd, [(0, size)]))
+
+    def describe(self, memory: SlabMemory) -> Handover:
+        with self._books.lock:
+            self._books.require(memory, "describe slab")
+            return Handover({"slab": memory.fd}, {"memory": "file", "size": memory.size})
+
+    def adopt(self, handover: Handover) -> SlabMemory:
+        with Incoming(handover) as found, self._books.lock:
+            self._books.require_open()
+            found.require("memory", "file")
+            size = found.number("size")
+            memfd.require_sealed(found.fd("slab"), size)
+            return self._books.give(SlabMemory(found.take("slab"), [(0, size)]))
 
     def punch(self, memory: SlabMemory) -> None:
         self._books.punch(memory)
@@ -180,13 +226,36 @@ class Arena:
 
     granule = FRAME
 
-    def __init__(self, size: int) -> None:
-        if size < FRAME or size % FRAME:
-            raise BadBuffer(f"{size} bytes are no whole frames of {FRAME}", operation="make arena")
+    def __init__(self, size: int, fd: int | None = None) -> None:
+        """A new arena, or a predecessor's: takes ownership of ``fd``, also on error.
+
+        All of it is free until it is taken or adopted. BadBuffer for a size that is no whole frames
+        or not the file's.
+        """
+        try:
+            if size < FRAME or size % FRAME:
+                raise BadBuffer(
+                    f"{size} bytes are no whole frames of {FRAME}", operation="make arena"
+                )
+            if fd is not None:
+                memfd.require_sealed(fd, size)
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
         self.size = size
         self._frames = FramePool(size // FRAME, FRAME)
         self._books = _Books()
-        self.fd = memfd.create("holdfast-arena", size)
+        self.fd = memfd.create("holdfast-arena", size) if fd is None else fd
+
+    @classmethod
+    def resume(cls, fd: int, size: int) -> Self:
+        """Go on with a predecessor's arena. Takes ownership of ``fd``, also on error.
+
+        The function has it mapped still. Frames that are not adopted are free: a predecessor had
+        punched them, or had not told anybody of them.
+        """
+        return cls(size, fd)
 
     @property
     def held_bytes(self) -> int:
@@ -206,6 +275,19 @@ class Arena:
         with self._books.lock:
             self._books.require_open()
             return self._books.give(SlabMemory(self.fd, self._frames.take(size)))
+
+    def describe(self, memory: SlabMemory) -> Handover:
+        with self._books.lock:
+            self._books.require(memory, "describe slab")
+            return Handover({}, {"memory": "arena", "extents": flat(memory.extents)})
+
+    def adopt(self, handover: Handover) -> SlabMemory:
+        with Incoming(handover) as found, self._books.lock:
+            self._books.require_open()
+            found.require("memory", "arena")
+            extents = extents_of(found)
+            self._frames.claim(extents)
+            return self._books.give(SlabMemory(self.fd, extents))
 
     def punch(self, memory: SlabMemory) -> None:
         self._books.punch(memory)

@@ -146,6 +146,9 @@ class EduDriver(Driver):
         super().__init__(fn)
         self.bar = fn.bar(regs.BAR)
 
+    def resume(self) -> None:
+        self.probe()  # which reads, and nothing else
+
     def probe(self) -> None:
         found = self.bar.read(regs.IDENTIFICATION)
         if found & 0xFF != regs.IDENTIFICATION_VALUE & 0xFF:

@@ -97,11 +97,15 @@ class XdmaDriver(Driver):
             and self.fn.bar(regs.USER_BAR).read(regs.USER_IDENTIFIER) == regs.USER_IDENTIFIER_VALUE
         )
 
-    def probe(self) -> None:
+    def resume(self) -> None:
+        """Count the channels. What else is known of them is in their registers."""
         counts = [self._count(direction) for direction in self.directions]
-        self.pairs = min(counts)
+        self.pairs, self.h2c_count = min(counts), counts[0]
         if not self.pairs:
             raise DeviceError(f"channels found (H2C, C2H): {counts}", operation="probe xdma")
+
+    def probe(self) -> None:
+        self.resume()
         if not self.stop(range(self.pairs)):
             raise DeviceError("a channel does not stop", operation="probe xdma")
         # One vector per channel, in the order of the request bits: H2C first, C2H above the last
@@ -109,7 +113,6 @@ class XdmaDriver(Driver):
         for word in range(2):
             packed = sum(((4 * word + byte) & 0x1F) << (8 * byte) for byte in range(4))
             self.bar.write(regs.IRQ_CHANNEL_VECTOR, packed, word)
-        self.h2c_count = counts[0]
         self.bar.write(regs.IRQ_CHANNEL_ENABLE_W1S, 0xFFFF_FFFF)
 
     def _count(self, direction: Direction) -> int:
@@ -137,6 +140,7 @@ class XdmaDriver(Driver):
             for direction in self.directions:
                 layout = Layout(place, direction)
                 prepare_ring(control, layout)
+                control.flush()
                 self._start(direction, channel, layout, control)
                 vectors.append(self.vector(direction, channel))
                 bells.append((self.bar_index, SG[direction].descriptor_credits.at(channel)))

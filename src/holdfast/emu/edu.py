@@ -35,6 +35,9 @@ from holdfast.regs.spec import Register
 _ONES = {1: 0, 2: 0, 4: 0xFFFFFFFF, 8: 0xFFFFFFFFFFFFFFFF}
 """What unclaimed reads give: all ones for 4 and 8 bytes; narrower ones are refused and read 0."""
 _SECONDS_PER_FACTOR = 1e-9
+WILD_BYTE = 0xA5
+"""What it writes when it has gone wild."""
+WILD_PERIOD = 0.001
 
 
 class Edu(Function):
@@ -58,7 +61,8 @@ class Edu(Function):
     msi = 1
     dma_bits = 28
     options: ClassVar[Options] = {"dma_mask": options.integer, "delay": options.seconds}
-    supported_faults = frozenset({"hang", "refuse_reset"})
+    # That a reset does not stop DMA is no fault of it but its nature.
+    supported_faults = frozenset({"hang", "wild", "lie_idle", "refuse_reset", "unplug"})
 
     def __init__(
         self,
@@ -74,6 +78,8 @@ class Edu(Function):
         self._buffer = np.zeros(regs.BUFFER_SIZE, np.uint8)
         self._dma_at: float | None = None
         self._factorial_at: float | None = None
+        self._wild = False
+        """It has done its transfer and goes on writing to the destination."""
         self.on_read(regs.LIVENESS, lambda _: ~self.peek(regs.LIVENESS))
         self.on_write(regs.FACTORIAL, self._factorial)
         self.on_write(regs.STATUS, self._status)
@@ -82,6 +88,7 @@ class Edu(Function):
         for register in (regs.DMA_SOURCE, regs.DMA_DESTINATION, regs.DMA_COUNT):
             self.on_write(register, self._dma_setting(register))
         self.on_write(regs.DMA_COMMAND, self._command)
+        self.on_read(regs.DMA_COMMAND, lambda _: self._told_command())
 
     # -- access policy: 4 bytes below 0x80, 4 or 8 from there on ---------------------------
 
@@ -133,6 +140,11 @@ class Edu(Function):
     def _dma_busy(self) -> bool:
         return bool(self.peek(regs.DMA_COMMAND) & regs.DmaCommand.START)
 
+    def _told_command(self) -> int:
+        """The command register as it is read: the busy bit is the truth, unless the plan lies."""
+        command = self.peek(regs.DMA_COMMAND)
+        return command & ~int(regs.DmaCommand.START) if self.faulty("lie_idle") else command
+
     def _dma_setting(self, register: Register) -> WriteHandler:
         def write(_index: int, value: int) -> None:
             if not self._dma_busy():
@@ -161,7 +173,9 @@ class Edu(Function):
         if dma_due:
             self._transfer()
         with self.lock:
-            if dma_due:
+            if dma_due and self._wild:
+                self._dma_at = now + WILD_PERIOD
+            elif dma_due:
                 self._finish_dma()
             due = [at for at in (self._dma_at, self._factorial_at) if at is not None]
         return max(0.0, min(due) - self._clock()) if due else None
@@ -185,6 +199,11 @@ class Edu(Function):
         if start < 0 or start + count > regs.BUFFER_SIZE or count == 0:
             return
         piece = self._buffer[start : start + count]
+        if self.faulty("unplug"):
+            piece = piece[: max(1, count // 2)]
+        elif to_ram and self._wild:
+            piece = np.full(count, WILD_BYTE, np.uint8)
+        self._wild = to_ram and self.faulty("wild")
         try:
             if to_ram:
                 self.dma.write(destination & self._mask, piece)
@@ -193,6 +212,8 @@ class Edu(Function):
         except DmaFault:
             if not to_ram:
                 piece[:] = 0
+        if self.faulty("unplug"):
+            self.unplug()
 
     def _finish_dma(self) -> None:
         self._dma_at = None

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ import numpy as np
 from holdfast.contracts import Doorbell
 from holdfast.emu.bar import Bar, pieces
 from holdfast.emu.config_space import BarSpec, ConfigSpace, Event, Identity, MsixSpec
-from holdfast.emu.faults import FaultPlan, armed
+from holdfast.emu.faults import FaultPlan, Span, armed
 from holdfast.emu.port import Bytes, DmaPort, Host, RegionDecl
 from holdfast.emu.registers import ReadHandler, RegisterFile, WriteHandler
 from holdfast.errors import DmaFault, UsageError
@@ -107,6 +108,8 @@ class Function:
         self.transfers = 0
         """Transfers done so far; fault plans count them."""
         self._faults = FaultPlan()
+        self._refusals = 0
+        """Resets refused so far: they count like transfers for the fault of that name."""
         self._host: Host | None = None
         self._intx_level = False
         self._bells: list[_Bell] = []
@@ -296,7 +299,8 @@ class Function:
 
     def check_reset_allowed(self) -> None:
         """Raise ``OSError`` if the fault plan has the function refuse resets now."""
-        if self.faulty("refuse_reset"):
+        if self.faulty("refuse_reset", self.transfers + self._refusals):
+            self._refusals += 1
             raise OSError(errno.EIO, "the function refuses to reset")
 
     def reset_core(self) -> None:
@@ -324,8 +328,12 @@ class Function:
 
     def faulty(self, name: str, transfer: int | None = None) -> bool:
         """True if fault ``name`` holds for this transfer number (default: those done so far)."""
-        first: int | None = getattr(self._faults, name)
-        return armed(first, self.transfers if transfer is None else transfer)
+        span: Span | None = getattr(self._faults, name)
+        return armed(span, self.transfers if transfer is None else transfer)
+
+    def unplug(self) -> None:
+        """Be gone, as a card that is pulled out: this process ends here, mid-sentence."""
+        os.kill(os.getpid(), signal.SIGKILL)
 
     # -- Guest: what the host calls ----------------------------------------------------------------
 

@@ -296,11 +296,13 @@ class Xdma(Function):
         keep = self.faulty("reset_keeps_dma")
         with self.lock:
             flying = any(channel.busy for channel in self.channels)
+            hung = flying and self.faulty("hang", self.transfers + 1)
             if not keep:
                 for channel in self.channels:
                     channel.clear_engine()
                 if not self.engine.settle(RESET_SECONDS):
                     raise OSError(errno.ETIMEDOUT, "a copy is still under way")
+                self.transfers += hung  # what hung and was reset away is past
             super().reset()
             for channel in self.channels:
                 channel.clear_registers()

@@ -146,8 +146,7 @@ class Engine:
         with self._function.lock:
             if channel.epoch != epoch:
                 return 0
-            hang = self._function.faults.hang
-            limit = sys.maxsize if hang is None else hang - 1 - self._function.transfers
+            limit = self._before_hang()
             if channel.stream:
                 batch = plan_stream(channel, self._link, limit)
             else:
@@ -155,9 +154,20 @@ class Engine:
             if not isinstance(batch, Batch):
                 return batch
             late = self._hold_back(channel, batch)
+            reached = self._function.transfers + max(1, batch.finished)
+        if self._function.faulty("unplug", reached):
+            self._carry(channel, dma, batch, (len(batch.host) + 1) // 2)
+            self._function.unplug()
         finished, error = self._carry(channel, dma, batch, len(batch.host) - (late is not None))
         self._publish(channel, dma, epoch, batch, finished, error, late)
         return 0
+
+    def _before_hang(self) -> int:
+        """How many descriptors go through before the first one that hangs. Lock held."""
+        hang, done = self._function.faults.hang, self._function.transfers
+        if hang is None or (hang.last is not None and done >= hang.last):
+            return sys.maxsize
+        return max(0, hang.first - 1 - done)
 
     def _fetch(self, channel: Channel, dma: DmaPort, epoch: int) -> bool:
         """Refill the queue. False: there is nothing to move in this step."""

@@ -31,6 +31,7 @@ from holdfast.errors import (
     UsageError,
     from_fields,
 )
+from holdfast.keeper import embedded
 from holdfast.kernel import dma_pin, events, packets, pidfd, procfs
 from holdfast.kernel.mapping import PAGE, Mapping
 from holdfast.values import Access, Target
@@ -75,6 +76,7 @@ class LeaseClient:
                 version=wire.VERSION,
                 client=f"pid {os.getpid()}",
                 lifeline=procfs.socket_inode(self._sock),
+                run=os.environ.get(embedded.RUN_VARIABLE, "")[:64],
             )
             reply, _ = self.request(hello, [own])
         finally:
@@ -113,6 +115,9 @@ class LeaseClient:
         while True:
             reply, received = self._receive()
             if isinstance(reply, wire.Notice):
+                if reply.what == "successor":
+                    # Whether the one that was killed had it carried out, its successor knows.
+                    packets.send(self._sock, packet, fds)
                 self._take_notice(reply)
             elif isinstance(reply, wire.Failed) and reply.seq in (self._seq, 0):
                 close_all(received)
@@ -193,6 +198,8 @@ class LeaseClient:
             self._lock.release()
 
     def _take_notice(self, notice: wire.Notice) -> None:
+        if notice.what == "successor":
+            return
         if notice.what == "gone":
             self._gone = DeviceGone(notice.text, operation="lease", target=str(self.target))
             events.ring(self.news, 1)
@@ -321,22 +328,30 @@ class LeaseClient:
         self.grant = again.grant
         return take_bells(again.bells, fds)
 
-    def ps(self, after: int = 0) -> dict[str, Any]:
+    def ps(self, after: int = 0, run: str = "") -> dict[str, Any]:
         """One page of the keeper's leases, see ``wire.lease.Ps``."""
-        reply, _ = self.request(wire.Ps(after=after))
+        reply, _ = self.request(wire.Ps(after=after, run=run))
         value = expect(reply, wire.Result).value
         if not isinstance(value, dict):
             raise ProtocolError("ps did not answer with a dict", operation="ps")
         return value
 
-    def ps_all(self) -> dict[str, Any]:
-        """All leases, living and ended, in one answer."""
-        told = self.ps()
+    def ps_all(self, after: int = 0, run: str = "") -> dict[str, Any]:
+        """All leases above ``after``, living and ended, in one answer."""
+        told = self.ps(after, run)
         while told["more"]:
-            page = self.ps(told["leases"][-1]["lease"])
+            page = self.ps(told["leases"][-1]["lease"], run)
             told["leases"] += page["leases"]
             told["more"] = page["more"]
         return told
+
+    def retry(self, lease: int, *, force: bool = False) -> dict[str, Any]:
+        """Have a quarantined lease looked at now: its state then, and why. See ``wire.Retry``."""
+        reply, _ = self.request(wire.Retry(lease=lease, force=force))
+        value = expect(reply, wire.Result).value
+        if not isinstance(value, dict):
+            raise ProtocolError("retry did not answer with a dict", operation="retry")
+        return value
 
     def close(self) -> None:
         """Say goodbye and hang up. Idempotent; never raises for a keeper that is gone."""

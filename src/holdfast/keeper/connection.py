@@ -9,17 +9,20 @@ Receiving takes one packet at a time, so a client that floods only slows itself 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections import deque
 from collections.abc import Sequence
 
-from holdfast.errors import ProtocolError
-from holdfast.kernel import packets
+from holdfast.errors import ProtocolError, ResourceError, to_fields
+from holdfast.kernel import disposal, packets
 from holdfast.wire import lease as wire
 
 BACKLOG_LIMIT = 64
 """Most packets that wait for a client that does not read."""
+TURN = 4
+"""Most packets that are taken from a client before everybody else has had a turn."""
 
 
 class Connection:
@@ -34,14 +37,22 @@ class Connection:
         self._watched = False
         self._backlog: deque[tuple[bytes, list[int]]] = deque()
         self._closed = False
-        self._ready: asyncio.Future[None] | None = None
+        self._taken = 0
 
     async def receive(self) -> tuple[bytes, list[int]]:
         """The next packet and its descriptors, which the caller owns; empty bytes at hang-up."""
         while not self._closed:
+            if self._taken >= TURN:
+                # A client that sends faster than it is served would never be waited for.
+                self._taken = 0
+                await asyncio.sleep(0)
+                continue
             try:
-                return packets.receive(self.sock, wire.MAX_PACKET, wire.MAX_FDS)
+                packet = packets.receive(self.sock, wire.MAX_PACKET, wire.MAX_FDS)
+                self._taken += 1
+                return packet
             except BlockingIOError:
+                self._taken = 0
                 await self._readable()
             except (ConnectionError, ProtocolError):
                 break
@@ -71,7 +82,11 @@ class Connection:
         if self._closed:
             return
         packet = wire.encode(message)
-        if not self._backlog and self._try(packet, fds):
+        try:
+            if not self._backlog and self._try(packet, fds):
+                return
+        except ResourceError as error:
+            self.send(wire.Failed(seq=message.seq, error=to_fields(error)))
             return
         if len(self._backlog) >= BACKLOG_LIMIT:
             self.close()
@@ -84,14 +99,25 @@ class Connection:
             packets.send(self.sock, packet, fds)
         except BlockingIOError:
             return False
-        except OSError:
-            pass  # hung up; the receiving side will see it
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS and fds:
+                raise ResourceError(
+                    "too many descriptors are on their way to clients that do not take them",
+                    operation="send",
+                    errno=error.errno,
+                    hint="see holdfast ps for stopped clients",
+                ) from error
+            # Hung up; the receiving side will see it.
         return True
 
     def _flush(self) -> None:
         while self._backlog:
             packet, fds = self._backlog[0]
-            if not self._try(packet, fds):
+            try:
+                if not self._try(packet, fds):
+                    return
+            except ResourceError:
+                self.close()  # what it waits for cannot be said any more
                 return
             self._backlog.popleft()
             _close_all(fds)
@@ -108,7 +134,7 @@ class Connection:
         for _, fds in self._backlog:
             _close_all(fds)
         self._backlog.clear()
-        self.sock.close()
+        disposal.hang_up(self.sock)
         self._wake()
 
 

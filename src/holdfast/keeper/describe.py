@@ -58,7 +58,7 @@ def _describe_regions(lease: Lease, host: FunctionHost, fds: list[int]) -> list[
         if mapped is not None:
             place = len(fds)
             fds.append(mapped.fd)
-            lease.maps_registers |= bool(region.areas) and region.index in host.driver.engine_bars
+            lease.maps_registers |= bool(region.areas) and region.index in host.facts.engine_bars
         regions.append(
             wire.RegionInfo(
                 index=region.index,

@@ -8,6 +8,9 @@ Choice. Each target has one socket in a private directory of the user. Whoever f
 takes a lock, looks again, starts ``holdfast serve`` in a session of its own, and waits for one line
 on a pipe: the keeper's readiness, or its error. The lock file is never removed: a lock on a
 deleted file guards nothing.
+
+A keeper that serves other users has its socket in a directory of the system instead, which only
+its owner can change. Clients look there when their user has no keeper of its own.
 """
 
 from __future__ import annotations
@@ -34,9 +37,16 @@ from holdfast.errors import (
     to_fields,
 )
 from holdfast.kernel import packets
+from holdfast.kernel.failure import failure
 from holdfast.values import Target
 
 RUNTIME_VARIABLE = "HOLDFAST_RUNTIME_DIR"
+SYSTEM_VARIABLE = "HOLDFAST_SYSTEM_DIR"
+SYSTEM_DEFAULT = "/run/holdfast"
+SOCKET_VARIABLE = "HOLDFAST_SOCKET"
+"""If set: the one socket to connect to, and no keeper is ever started."""
+RUN_VARIABLE = "HOLDFAST_RUN"
+"""Set by ``holdfast run``: which leases it waits for."""
 IDLE_VARIABLE = "HOLDFAST_IDLE"
 IDLE_DEFAULT = 2.0
 """Seconds without clients after which an embedded keeper ends."""
@@ -75,40 +85,112 @@ def runtime_dir() -> Path:
     return path
 
 
-def socket_path(target: Target) -> Path:
-    """Where the keeper of a target listens.
+def system_dir() -> Path:
+    """Where keepers that serve other users listen: ``$HOLDFAST_SYSTEM_DIR``, or /run/holdfast."""
+    return Path(os.environ.get(SYSTEM_VARIABLE) or SYSTEM_DEFAULT)
+
+
+def make_system_dir() -> Path:
+    """The directory for a keeper's socket that others can reach, made if missing (mode 0755).
+
+    Raises NoPermission or SystemFailure; a service has it made (``RuntimeDirectory=holdfast``).
+    """
+    path = system_dir()
+    try:
+        path.mkdir(mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise failure(error, "make system directory", str(path)) from error
+    require_trusted(path)
+    return path
+
+
+def require_trusted(path: Path) -> None:
+    """Raise NoPermission if others than its owner can put sockets into a directory."""
+    info = path.stat()
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NoPermission(
+            "others than its owner can write to it: whoever answers there could be anybody",
+            operation="use system directory",
+            target=str(path),
+            hint=f"chmod 0755 {path}",
+        )
+
+
+def socket_name(target: Target) -> str:
+    """The file name of a target's socket.
 
     A real function has one keeper, whatever options it was started with.
     """
     text = str(target) if target.scheme != "pci" else f"pci:{target.bdf}"
     slug = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[:32]
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return runtime_dir() / f"{slug}-{digest}.sock"
+    return f"{slug}-{digest}.sock"
+
+
+def socket_path(target: Target) -> Path:
+    """Where this user's own keeper of a target listens."""
+    return runtime_dir() / socket_name(target)
+
+
+def sockets() -> list[Path]:
+    """Sockets of every keeper that this user may know of, its own first."""
+    return [
+        *sorted(runtime_dir().glob("*.sock")),
+        *(sorted(system_dir().glob("*.sock")) if system_dir().is_dir() else []),
+    ]
+
+
+def reach(target: Target) -> socket.socket:
+    """Connect to a keeper of the target that is there: this user's own, else the system's.
+
+    Raises FileNotFoundError or ConnectionRefusedError if there is none, NoPermission or
+    KeeperUnreachable if it cannot be talked to. Starts nothing.
+    """
+    if chosen := os.environ.get(SOCKET_VARIABLE):
+        return _reach(Path(chosen), target)
+    try:
+        return _reach(socket_path(target), target)
+    except (FileNotFoundError, ConnectionRefusedError):
+        path = system_dir() / socket_name(target)
+        if not path.exists():
+            raise
+        require_trusted(path.parent)
+        return _reach(path, target)
+
+
+def _reach(path: Path, target: Target) -> socket.socket:
+    try:
+        return packets.connect(str(path), START_TIMEOUT)
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise
+    except PermissionError as error:
+        raise NoPermission(
+            "the keeper's socket does not let this user in",
+            operation="open", target=str(target), errno=error.errno,
+            hint=f"ask the keeper's owner, or see the mode of {path}",
+        ) from error  # fmt: skip
+    except OSError as error:
+        raise KeeperUnreachable(
+            error.strerror or str(error), operation="open", target=str(target),
+            errno=error.errno, hint=f"look at {path}",
+        ) from error  # fmt: skip
 
 
 def connect(target: Target, timeout: float | None) -> socket.socket:
     """Connect to the target's keeper; start one if there is none and the target allows it."""
-    path = socket_path(target)
     deadline = time.monotonic() + max(timeout or 0, START_TIMEOUT)
     while True:
         try:
-            return packets.connect(str(path), START_TIMEOUT)
-        except (FileNotFoundError, ConnectionRefusedError):
-            pass
-        except PermissionError as error:
-            raise NoPermission(
-                "the keeper's socket does not let this user in",
-                operation="open", target=str(target), errno=error.errno,
-                hint=f"ask the keeper's owner, or see the mode of {path}",
-            ) from error  # fmt: skip
-        except OSError as error:
-            raise KeeperUnreachable(
-                error.strerror or str(error), operation="open", target=str(target),
-                errno=error.errno, hint=f"look at {path}",
-            ) from error  # fmt: skip
+            return reach(target)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            if chosen := os.environ.get(SOCKET_VARIABLE):
+                raise KeeperUnreachable(
+                    "no keeper listens there", operation="open", target=str(target),
+                    errno=error.errno, hint=f"{SOCKET_VARIABLE} is {chosen}",
+                ) from error  # fmt: skip
         if time.monotonic() > deadline:
             raise KeeperUnreachable("no keeper came up", operation="open", target=str(target))
-        _start(target, path)
+        _start(target, socket_path(target))
 
 
 def _start(target: Target, path: Path) -> None:
@@ -125,6 +207,8 @@ def _spawn(target: Target) -> None:
     """Run ``holdfast serve`` in a session of its own and wait until it is ready."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     idle = os.environ.get(IDLE_VARIABLE, str(IDLE_DEFAULT))
+    # A keeper is nobody's part: not of the run in which it happened to be missed.
+    environment = {key: text for key, text in os.environ.items() if key != RUN_VARIABLE}
     try:
         process = Detached(
             [
@@ -136,6 +220,7 @@ def _spawn(target: Target) -> None:
             stderr=subprocess.DEVNULL,
             pass_fds=(writing,),
             start_new_session=True,
+            env=environment,
         )  # fmt: skip
     finally:
         os.close(writing)

@@ -2,20 +2,23 @@
 """The function as its keeper holds it: backend, driver, address space, memory, channels.
 
 Blocking calls (registers, maps, resets, hole punches, driver code) never run on the keeper's event
-loop: :meth:`FunctionHost.call` carries them to a worker thread with a deadline that is enforced
-here, from outside. Driver calls are made one at a time; a driver that does not come back is
-abandoned in its thread, and the caller goes on to a stronger measure.
+loop: :meth:`FunctionHost.call` carries them to a thread with a deadline that is enforced from
+outside (:mod:`holdfast.keeper.workers`). Driver calls are made one at a time; a driver that does
+not come back is left behind, further calls fail at once until it does, and the callers go on to
+stronger measures.
+
+In *safe mode* no driver's code runs at all: the base class stands in, which knows nothing. Living
+leases keep what they have, deaths go the generic ladder, and what needs a driver is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from holdfast.contracts import Doorbell, FunctionBackend
@@ -23,7 +26,8 @@ from holdfast.dma.iova import IovaSpace
 from holdfast.dma.physical import PhysicalFiles
 from holdfast.dma.slab import Arena, OwnFiles, SlabSource
 from holdfast.driver import Driver
-from holdfast.errors import Busy, DeviceError, NotSupported
+from holdfast.errors import Busy, NotSupported, RemoteError
+from holdfast.keeper import asking
 from holdfast.keeper.access import (
     BackendAccess,
     assign_bars,
@@ -31,8 +35,13 @@ from holdfast.keeper.access import (
     set_bus_master,
     set_memory_space,
 )
+from holdfast.keeper.addresses import dma_bits, iova_range, usable_range
+from holdfast.keeper.asking import DriverFacts, guarded
+from holdfast.keeper.held import IRQ_CHUNK, FunctionProcess, Holder
+from holdfast.keeper.workers import Lane
 from holdfast.kernel import events
-from holdfast.values import Access, Iova, IrqIndex, Perm, Target
+from holdfast.uapi import pci_regs
+from holdfast.values import CONFIG_REGION, Access, Iova, IrqIndex, Perm, Target
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,56 +52,6 @@ CALL_DEADLINE = 10.0
 REST_DEADLINE = 10.0
 """Seconds that a function which is taken over may take to finish what it was at."""
 REST_POLL = 0.002
-
-_HIGH_BASE = 1 << 32
-_LOW_BASE = 1 << 16
-_TOP_BITS = 47
-_MSI_WINDOW = 0xFEE0_0000
-
-
-class StaysStuck(DeviceError):
-    """A call did not come back within its deadline and was abandoned."""
-
-    default_hint = "the function or its driver hangs; see holdfast ps"
-
-
-def iova_range(dma_bits: int) -> tuple[int, int]:
-    """First and last+1 IOVA for a function with ``dma_bits`` address bits.
-
-    Above 4 GiB where the function can reach it, so that an IOVA is never mistaken for a small
-    number; below the MSI window elsewhere, because writes there are interrupts (Intel SDM vol. 3,
-    11.11.1).
-    """
-    if dma_bits >= 40:
-        return _HIGH_BASE, 1 << min(dma_bits, _TOP_BITS)
-    return _LOW_BASE, min(1 << dma_bits, _MSI_WINDOW)
-
-
-def usable_range(
-    base: int, limit: int, ranges: Sequence[tuple[int, int]], granule: int = 4096
-) -> tuple[int, int]:
-    """The largest part of ``base`` up to ``limit`` that lies in one of ``ranges`` (inclusive).
-
-    No ranges: all of it. Raises DeviceError if nothing is left.
-    """
-    if not ranges:
-        return base, limit
-    parts = [(max(base, first), min(limit, last + 1)) for first, last in ranges]
-    rounded = [(-(-start // granule) * granule, end // granule * granule) for start, end in parts]
-    start, end = max(rounded, key=lambda part: part[1] - part[0])
-    if start >= end:
-        raise DeviceError(
-            f"none of the addresses {base:#x}..{limit:#x} that the function has can be mapped",
-            operation="take over",
-            hint="the IOMMU maps: " + ", ".join(f"{a:#x}..{b:#x}" for a, b in ranges),
-        )
-    return start, end
-
-
-def dma_bits(target: Target, driver: type[Driver]) -> int:
-    """Address bits of a function's DMA: what its driver knows, or what the target says of it."""
-    said = target.options.get("dma_bits") if target.scheme == "pci" else None
-    return int(said) if said is not None else driver.dma_bits
 
 
 def _set_event() -> asyncio.Event:
@@ -106,6 +65,7 @@ class FunctionHost:
     """One function. Built by :meth:`start`; used by the keeper's loop only."""
 
     target: Target
+    holder: Holder
     access: BackendAccess
     driver: Driver
     space: IovaSpace
@@ -118,35 +78,56 @@ class FunctionHost:
     """True while no lease has exclusive use."""
     isolated: set[int] = field(default_factory=set)
     """Leases on whose account bus mastering is off."""
-    child: subprocess.Popen[bytes] | None = None
-    """The process that emulates the function, if the keeper started it."""
-    pool: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(16, thread_name_prefix="keeper")
-    )
+    child: FunctionProcess | None = None
+    """The process that emulates the function, if a keeper started it."""
+    safe: bool = False
+    """Safe mode: no driver's code runs."""
+    disturbed: int = 0
+    """Function-level measures so far: each may have cut off what was in flight anywhere."""
+    was_reset: bool = False
+    """A reset may have cleared what the driver had set up since the function was last usable."""
+    resetting: bool = False
+    """A reset is under way, perhaps one that nobody waits for any more."""
+    facts: DriverFacts = field(init=False)
+    driver_lane: Lane = field(init=False)
+    function_lane: Lane = field(init=False)
+    memory_lane: Lane = field(init=False)
     driving: asyncio.Lock = field(default_factory=asyncio.Lock)
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held from a grant to its answer and from a reset to its notice: a client that sees a notice
     and then an answer may rely on the answer."""
+    restoring: asyncio.Lock = field(default_factory=asyncio.Lock)
     usable: asyncio.Event = field(default_factory=_set_event)
     """Set while bus mastering is on."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        target = str(self.target)
+        self.facts = DriverFacts.of(self.driver)
+        self.driver_lane = Lane("driver", 1, target=target)
+        self.function_lane = Lane("function", 16, 16, target=target)
+        self.memory_lane = Lane("memory", 4, 4, target=target)
 
     @classmethod
     def start(
         cls,
         target: Target,
+        holder: Holder,
         backend: FunctionBackend,
         driver_class: type[Driver],
         arena_bytes: int = 0,
-        child: subprocess.Popen[bytes] | None = None,
+        child: FunctionProcess | None = None,
         space: IovaSpace | None = None,
+        *,
+        safe: bool = False,
     ) -> FunctionHost:
         """Take the function over: reset, driver probed, vectors wired, bus master on.
 
         Blocking. With ``arena_bytes`` all memory comes from one file that is mapped whole, the
         stand-in for a machine without an IOMMU; otherwise every slab is a file and a map of its
         own, or memory that the backend brings. ``space`` is shared with the other functions of an
-        isolation unit. On error everything taken is let go, the backend excepted.
+        isolation unit. On error everything taken is let go, the backend excepted. With ``safe`` the
+        driver class is not used: see the module's text on safe mode.
 
         Bus mastering stays off until the function was seen at rest, because it may still be at
         work for a keeper that is dead; and, if that left memory behind, until the death protocol
@@ -163,11 +144,12 @@ class FunctionHost:
             source.dma_bits = min(source.dma_bits, bits)
         try:
             if arena is not None:
+                holder.put("arena", [arena.fd], {"size": arena_bytes, "iova": base})
                 backend.dma_map(Iova(base), arena_bytes, Perm.RW, arena.fd, 0)
-            driver = driver_class(access)
-            driver.probe()
+            driver = guarded(lambda: _bring_up(Driver if safe else driver_class, access))
             host = cls(
                 target=target,
+                holder=holder,
                 access=access,
                 driver=driver,
                 space=space or IovaSpace(base + arena_bytes, limit),
@@ -175,9 +157,11 @@ class FunctionHost:
                 arena_iova=Iova(base) if arena_bytes else None,
                 irq_index=None,
                 irq_fds=[],
-                free_channels=set(range(driver.channels())),
+                free_channels=set(),
                 child=child,
+                safe=safe,
             )
+            host.free_channels = set(range(host.facts.channels))
             host._wire_interrupts()
             if source.leftovers():
                 host.usable.clear()
@@ -201,7 +185,7 @@ class FunctionHost:
         """
         self.access.backend = backend
         _take_over(self.access, self.target)
-        self.driver.probe()
+        guarded(self.driver.probe)
         if self.irq_index is not None:
             backend.set_irqs(self.irq_index, 0, self.irq_fds)
         self.require_rest()
@@ -212,11 +196,11 @@ class FunctionHost:
 
         A function without a driver passes: nothing is known of it, and nothing will be.
         """
-        if type(self.driver).in_flight is Driver.in_flight:
+        if not self.facts.tells:
             return
-        every = tuple(range(self.driver.channels()))
+        every = tuple(range(self.facts.channels))
         deadline = time.monotonic() + REST_DEADLINE
-        while not self.driver.stop(every) and self.driver.in_flight(every):
+        while not guarded(lambda: self.rests(every)):
             if time.monotonic() > deadline:
                 raise Busy(
                     f"the function is still at work after {REST_DEADLINE:g} s",
@@ -226,37 +210,72 @@ class FunctionHost:
                 )
             time.sleep(REST_POLL)
 
+    def rests(self, channels: Sequence[int]) -> bool:
+        """Stop channels that nobody uses: acknowledged, or nothing was in flight?
+
+        Driver code: blocking, for :meth:`drive` or under :func:`~holdfast.keeper.asking.guarded`.
+        """
+        driver = self.driver
+        return asking.stop(driver, channels) or not asking.in_flight(driver, channels)
+
     def _wire_interrupts(self) -> None:
         index = interrupt_type(self.backend, self.driver.irq_index)
         if index is not None:
             self.irq_index = index
             self.irq_fds = [events.make() for _ in range(self.backend.irqs[index].count)]
+            self.hold_irqs(range(len(self.irq_fds)))
             self.backend.set_irqs(index, 0, self.irq_fds)
+
+    def hold_irqs(self, vectors: Sequence[int]) -> None:
+        """Have the eventfds of these vectors outlive this process. Blocking."""
+        for piece in sorted({vector // IRQ_CHUNK for vector in vectors}):
+            first = piece * IRQ_CHUNK
+            self.holder.put(f"irqs/{piece}", self.irq_fds[first : first + IRQ_CHUNK])
 
     # -- calls off the loop ------------------------------------------------------------
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a blocking call in a worker thread; raises :class:`StaysStuck` after its deadline."""
+        """Run a blocking call to the function in a thread; StaysStuck after its deadline."""
         return await self.call_within(CALL_DEADLINE, lambda: function(*args, **kwargs))
 
     async def call_within(self, deadline: float, function: Callable[[], T]) -> T:
         """Like :meth:`call` with a deadline in seconds. The thread of a stuck call is abandoned."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
-        self.pool.submit(_carry_out, function, loop, answer)
-        late = StaysStuck(
-            f"no answer within {deadline:g} s", operation="call", target=str(self.target)
-        )
-        watchdog = loop.call_later(deadline, _settle, answer, None, late)
-        try:
-            return await answer
-        finally:
-            watchdog.cancel()
+        return await self.function_lane.call(deadline, function)
+
+    async def call_memory(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Like :meth:`call` for the keeper's own memory, beside a function that hangs."""
+        return await self.memory_lane.call(CALL_DEADLINE, lambda: function(*args, **kwargs))
 
     async def drive(self, deadline: float, function: Callable[[], T]) -> T:
-        """Call driver code: one call at a time, with a deadline in seconds."""
+        """Call driver code: one call at a time, with a deadline in seconds.
+
+        Whatever it raises arrives as a HoldfastError. StaysStuck at once while an earlier call has
+        not come back.
+        """
+        self.driver_lane.require()
         async with self.driving:
-            return await self.call_within(deadline, function)
+            return await self.driver_lane.call(deadline, partial(guarded, function))
+
+    def require_driver(self, operation: str) -> None:
+        """Raise if there is no driver to ask: in safe mode, or while it hangs."""
+        if self.safe:
+            raise NotSupported(
+                "the keeper is in safe mode after several crashes: no driver is loaded",
+                operation=operation,
+                target=str(self.target),
+                hint="close the leases that are left and let the keeper end, then open it again",
+            )
+        self.driver_lane.require()
+
+    async def restore(self, deadline: float) -> None:
+        """Make the function usable again unless a dead lease still keeps it off.
+
+        Raises what keeps it from being so; it may be tried again.
+        """
+        async with self.restoring:
+            if not self.usable.is_set() and not self.isolated and not self.proven_gone():
+                await self.drive(deadline, self.reconnect)
+                self.usable.set()
 
     def keep(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine beside the loop until it ends or the keeper does."""
@@ -268,9 +287,10 @@ class FunctionHost:
 
     def claim(self, access: Access, count: int | None) -> tuple[int, ...]:
         """Take channels out of the free set for a new lease, or raise :class:`Busy`."""
-        every = self.driver.channels()
+        every = self.facts.channels
         if access is Access.SHARED and count == 0:
             return ()
+        self.require_driver("open")
         if not self.whole:
             raise self._busy("another lease has exclusive use of the function")
         if access is Access.EXCLUSIVE:
@@ -281,12 +301,12 @@ class FunctionHost:
         else:
             if not every:
                 raise NotSupported(
-                    f"driver {self.driver.name} cannot share the function",
+                    f"driver {self.facts.name} cannot share the function",
                     operation="open",
                     target=str(self.target),
                     hint="open it with access='exclusive'",
                 )
-            wanted = self.driver.default_channels() if count is None else count
+            wanted = self.facts.default_channels if count is None else count
             if wanted > every:
                 raise NotSupported(
                     f"{wanted} channels asked for, the function has {every}",
@@ -301,7 +321,7 @@ class FunctionHost:
 
     @property
     def _shared_users(self) -> bool:
-        return len(self.free_channels) != self.driver.channels()
+        return len(self.free_channels) != self.facts.channels
 
     def unclaim(self, access: Access, channels: Sequence[int]) -> None:
         """Give channels back that are proven idle (or were never granted)."""
@@ -328,70 +348,104 @@ class FunctionHost:
 
     def renew_vectors(self, vectors: Sequence[int]) -> None:
         """Wire new eventfds, so that a former holder cannot steal interrupts. Blocking."""
-        if self.irq_index is None:
+        if self.irq_index is None or not vectors:
             return
+        stale = [self.irq_fds[vector] for vector in vectors]
         for vector in vectors:
-            fresh = events.make()
-            self.backend.set_irqs(self.irq_index, vector, [fresh])
-            os.close(self.irq_fds[vector])
-            self.irq_fds[vector] = fresh
+            self.irq_fds[vector] = events.make()
+        self.hold_irqs(vectors)
+        for vector, fd in zip(vectors, stale, strict=True):
+            self.backend.set_irqs(self.irq_index, vector, [self.irq_fds[vector]])
+            os.close(fd)
 
     def proven_gone(self) -> bool:
-        """True if the function was a process of ours and has been reaped: it writes no more."""
-        return self.child is not None and self.child.poll() is not None
+        """True if the function was a process of ours and has ended: it writes no more."""
+        return self.child is not None and self.child.gone()
+
+    def is_master(self) -> bool:
+        """Whether the function may be a bus master. Blocking."""
+        word = self.backend.region_read(CONFIG_REGION, pci_regs.COMMAND, 2)
+        return bool(int.from_bytes(word, "little") & pci_regs.Command.MASTER)
+
+    def power_off(self) -> None:
+        """End the process that is the function, if it is ours, and reap it. Blocking.
+
+        For one that has hung up: nobody is served by it any more, but it may still have memory.
+        """
+        if self.child is not None:
+            self.child.end()
 
     def isolate(self) -> None:
         """Clear bus master and read it back: the flushing read. Blocking."""
         set_bus_master(self.backend, self.target, on=False)
 
-    def reconnect(self, *, probe: bool) -> None:
-        """Let the function be a bus master again, after its quiet was proven. Blocking."""
-        if probe:
-            set_memory_space(self.backend)
-            if self.backend.promises.assign_bars:
-                assign_bars(self.access)
-        set_bus_master(self.backend, self.target, on=True)
-        if probe:
-            self.driver.probe()
-            if self.irq_index is not None:
-                self.backend.set_irqs(self.irq_index, 0, self.irq_fds)
+    def reset(self) -> None:
+        """Function-level reset. Blocking; refused (RemoteError) it has changed nothing."""
+        self.resetting = True
+        try:
+            self.backend.reset()
+            self.was_reset = True
+        except RemoteError:
+            raise  # it was answered: no reset took place
+        except BaseException:
+            self.was_reset = True
+            raise
+        finally:
+            self.resetting = False
+
+    def look_after_reset(self) -> bool:
+        """Make registers reachable after a reset; whether bus mastering was still off. Blocking.
+
+        If it came back on, the reset did not do what a reset does. It is off when this returns.
+        """
+        command = self.backend.region_read(CONFIG_REGION, pci_regs.COMMAND, 2)
+        self.isolate()
+        set_memory_space(self.backend)
+        if self.backend.promises.assign_bars:
+            assign_bars(self.access)
+        return not int.from_bytes(command, "little") & pci_regs.Command.MASTER
+
+    def reconnect(self) -> None:
+        """Let the function be a bus master again, after its quiet was proven. Blocking.
+
+        Driver code, for :meth:`drive`: after a reset the function is set up again. Raises Busy
+        while a reset is still under way that might undo it, or a dead lease is not quiet.
+        """
+        if self.resetting or self.isolated:
+            raise Busy("a reset is under way" if self.resetting else "a dead lease is not quiet",
+                       operation="turn bus mastering on", target=str(self.target))  # fmt: skip
+        probe, self.was_reset = self.was_reset, False
+        try:
+            if probe:
+                set_memory_space(self.backend)
+                if self.backend.promises.assign_bars:
+                    assign_bars(self.access)
+                self.driver.probe()
+                if self.irq_index is not None:
+                    self.backend.set_irqs(self.irq_index, 0, self.irq_fds)
+            set_bus_master(self.backend, self.target, on=True)
+        except BaseException:
+            self.was_reset |= probe
+            raise
 
     def close(self) -> None:
         """Let everything go. Blocking, idempotent."""
         self.backend.close()
         if self.child is not None:
-            self.child.kill()
-            self.child.wait()
+            self.child.end()
         for fd in self.irq_fds:
             os.close(fd)
         self.irq_fds.clear()
         self.source.close()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for lane in (self.driver_lane, self.function_lane, self.memory_lane):
+            lane.close()
 
 
-def _carry_out(
-    function: Callable[[], Any], loop: asyncio.AbstractEventLoop, answer: asyncio.Future[Any]
-) -> None:
-    """In a worker: call, and hand the outcome to the loop, where it may be too late."""
-    value, error = None, None
-    try:
-        value = function()
-    except BaseException as raised:  # noqa: BLE001 - it is raised again where it was asked for
-        error = raised
-    try:
-        loop.call_soon_threadsafe(_settle, answer, value, error)
-    except RuntimeError:
-        pass  # the loop has ended; so has whoever asked
-
-
-def _settle(answer: asyncio.Future[Any], value: object, error: BaseException | None) -> None:
-    """Give an answer, unless it was given up or abandoned before."""
-    if answer.done():
-        return
-    if error is not None:
-        answer.set_exception(error)
-    else:
-        answer.set_result(value)
+def _bring_up(driver_class: type[Driver], access: BackendAccess) -> Driver:
+    """Make the driver and have it look for its function. Blocking; driver code."""
+    driver = driver_class(access)
+    driver.probe()
+    return driver
 
 
 def _take_over(access: BackendAccess, target: Target) -> None:

@@ -26,12 +26,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import Busy, Closed, HoldfastError, NotSupported
-from holdfast.keeper.function import StaysStuck
+from holdfast.errors import Busy, Closed, NotSupported, StaysStuck
+from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.mediated_lease import MediatedLease
 from holdfast.keeper.mediation_channels import DEADLINE, SharedChannels
@@ -46,22 +46,19 @@ from holdfast.values import Access, LeaseId, Policy
 from holdfast.wire.rings import RING_BYTES, BufferTable, KeeperEnd, Limits
 
 if TYPE_CHECKING:
+    from holdfast.keeper.held import Scope
     from holdfast.keeper.server import Keeper
+
+STATE = "mediation"
+"""Under which name the anchor holds the mediator's state."""
 
 
 class Mediation(SharedChannels):
-    """Everything mediated of one function. Loop only.
+    """Everything mediated of one function. Loop only."""
 
-    ``numbers`` yields the numbers of leases, ``end`` begins the death protocol for one.
-    """
-
-    def __init__(
-        self, keeper: Keeper, numbers: Iterator[int], end: Callable[[Lease, str], None]
-    ) -> None:
+    def __init__(self, keeper: Keeper) -> None:
         self.keeper = keeper
         super().__init__(keeper.host)
-        self._numbers = numbers
-        self._end = end
         self._moved_out = asyncio.Event()
         self._coming = 0
         """Leases that are about to get their rings: the keeper does not move out before them."""
@@ -126,6 +123,9 @@ class Mediation(SharedChannels):
             end = KeeperEnd(mapping.array.data)
             seat = Seat(number, end, submit, done, limits, self.keeper.settings.requests)
             held = MediatedLease(self, lease, seat, ring_fd, mapping, heard, window)
+            # Before the client can have them.
+            await self.host.call(self._scope.put, _rings_of(lease), held.descriptors(), held.note())
+            undo.callback(self._scope.drop, _rings_of(lease))
             await self.ask(lambda m: m.admit(seat))
             undo.pop_all()
         self.leases[int(lease.number)] = held
@@ -161,7 +161,8 @@ class Mediation(SharedChannels):
     async def _forget(self, held: MediatedLease) -> None:
         with contextlib.suppress(Closed, StaysStuck):
             await self.ask(lambda m: m.leave(held.seat))
-        for fd in (held.ring_fd, held.seat.submit, held.seat.done, held.heard):
+        self._scope.drop(_rings_of(held.lease))
+        for fd in held.descriptors():
             os.close(fd)
         held.mapping.close()
         self._move_out_if_empty()
@@ -187,10 +188,14 @@ class Mediation(SharedChannels):
         """Take the function for the keeper itself, and start a channel for everybody."""
         self.house = house = self._lease_the_function()
         try:
-            need = self.host.driver.control_bytes
+            pidfd_name = f"lease/{house.number}/pidfd"
+            await self.host.call(self._scope.put, pidfd_name, [house.peer.pidfd])
+            need = self.host.facts.control_bytes
             if need:
                 await self.keeper.desk.take_slab(house, need, control=True)
             self._state = MediatorState.create()
+            held = [self._state.fd], {"house": int(house.number)}
+            await self.host.call(self._scope.put, STATE, *held)
             self.mediator = Mediator(self._state, self._trouble)
             await self._start()
         except BaseException:
@@ -207,68 +212,78 @@ class Mediation(SharedChannels):
         if house is None or not house.alive:
             return
         self._end_thread()
+        self._scope.drop(STATE)
         house.signal(hung_up=True, goodbye=True)
         self._moved_out.clear()
-        self._end(house, "no mediated lease is left")
+        self.keeper.end(house, "no mediated lease is left")
 
     def _lease_the_function(self) -> Lease:
         """The whole function for nobody but the keeper. Raises Busy if others have any of it."""
         channels = self.host.claim(Access.EXCLUSIVE, None)
         peer = pidfd.Peer(os.getpid(), os.getuid(), os.getgid(), pidfd.open_self())
-        lease = Lease(LeaseId(next(self._numbers)), peer, Machine(Policy.DRAIN), claimed=True)
+        lease = self.keeper.new_lease(peer)
+        lease.machine = Machine(Policy.DRAIN)
+        lease.claimed = True
         lease.access, lease.channels = Access.EXCLUSIVE, channels
         lease.note("the keeper posts for mediated leases")
+        self.keeper.journal.lease(lease.record())
         self.keeper.leases[lease.number] = lease
         return lease
 
     # -- succession ------------------------------------------------------------
 
-    async def resume(
-        self,
-        house: Lease,
-        leases: Mapping[int, Lease],
-        fds: Mapping[str, int],
-        notes: Mapping[int, Mapping[str, Any]],
-    ) -> None:
-        """Go on where a keeper that was killed stopped. Takes ownership of ``fds``.
+    def adopt(self, leases: Mapping[LeaseId, Lease]) -> None:
+        """Go on where a keeper that was killed stopped; ``leases`` have their memory already.
 
-        ``house`` is the lease that held the function for it, with its control memory; ``leases``
-        the mediated ones by number, with their slabs; ``fds`` everything that
-        :meth:`descriptors` and :meth:`.MediatedLease.descriptors` named; ``notes`` what
-        :meth:`.MediatedLease.note` said of each. The channels are brought to rest, and what was
-        accepted and not told finished is posted again. If they do not come to rest, nothing is
-        posted, and it is tried again until they do or the death protocol has dealt with them.
+        The channels are brought to rest, and what was accepted and not told finished is posted
+        again. If they do not come to rest, nothing is posted, and it is tried again until they do
+        or the death protocol has dealt with them.
         """
+        found = self._scope.find(STATE)
+        if found is None:
+            return
+        (fd,), note = found
+        house = leases.get(LeaseId(note["house"]))
+        if house is None or house.stage is not Stage.ALIVE:
+            self._scope.forget(STATE)  # it was moving out: nobody had a mediated lease any more
+            return
         self.house = house
-        self._state = MediatorState(fds["state"])
-        self.mediator = Mediator(self._state, self._trouble)
-        for number, lease in leases.items():
-            await self._seat_again(lease, fds, notes[number])
-        await self.ask(Mediator.reinstate)
-        with contextlib.suppress(HoldfastError):  # it is tried again
-            await self.restart()
+        self._state = state = MediatorState(fd)
+        self.mediator = mediator = Mediator(state, self._trouble)
+        for lease in leases.values():
+            if (held := self._scope.find(_rings_of(lease))) is not None:
+                self._seat_again(lease, mediator, state, *held)
+        mediator.call(mediator.reinstate)
+        self.host.keep(self._recover("taken over from a keeper that was killed"))
 
-    async def _seat_again(
-        self, lease: Lease, fds: Mapping[str, int], note: Mapping[str, Any]
+    def _seat_again(
+        self, lease: Lease, mediator: Mediator, state: MediatorState, fds: Sequence[int], note: Any
     ) -> None:
-        assert self._state is not None
         number = int(lease.number)
-        row = self._state.find_seat(number)
-        row = self._state.take_seat(number) if row is None else row
-        ring_fd = fds[f"rings.{number}"]
+        row = state.find_seat(number)
+        row = state.take_seat(number) if row is None else row
+        ring_fd, submit, done, heard = fds
         mapping = FileMapping(ring_fd, RING_BYTES, dont_fork=True)
         seat = Seat(
             row,
-            KeeperEnd(mapping.array.data, *self._state.counts(row)),
-            fds[f"submit.{number}"],
-            fds[f"done.{number}"],
+            KeeperEnd(mapping.array.data, *state.counts(row)),
+            submit,
+            done,
             Limits(*note["limits"]),
             self.keeper.settings.requests,
             self.table_of(lease),
-            frozen=not lease.alive,
+            frozen=lease.stage is not Stage.ALIVE,
         )
-        heard = fds[f"heard.{number}"]
         held = MediatedLease(self, lease, seat, ring_fd, mapping, heard, note["window"])
         self.leases[number] = held
         lease.mediated = held
-        await self.ask(lambda m: m.admit(seat))
+        mediator.call(lambda: mediator.admit(seat))
+
+    @property
+    def _scope(self) -> Scope:
+        return self.keeper.continuity.scope
+
+
+def _rings_of(lease: Lease) -> str:
+    """Under which name the anchor holds a lease's rings."""
+    return f"lease/{lease.number}/rings"

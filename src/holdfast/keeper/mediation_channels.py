@@ -15,9 +15,10 @@ from contextlib import ExitStack
 from typing import Any, Final, TypeVar
 
 from holdfast.contracts import Doorbell
-from holdfast.errors import Closed, HoldfastError
+from holdfast.errors import Closed, HoldfastError, StaysStuck
+from holdfast.keeper import asking
 from holdfast.keeper.describe import close_bells, control_memory
-from holdfast.keeper.function import FunctionHost, StaysStuck
+from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.mediation_state import MediatorState
 from holdfast.keeper.mediator import Mediator
@@ -70,7 +71,7 @@ class SharedChannels:
         house, driver = self.house, self.host.driver
         if house is None:
             return True
-        return not await self.host.drive(DEADLINE, lambda: driver.in_flight(house.channels))
+        return not await self.host.drive(DEADLINE, lambda: asking.in_flight(driver, house.channels))
 
     async def restart(self, deadline: float = DEADLINE) -> bool:
         """Stop the channels, start them anew, post again what living clients had in flight.
@@ -90,7 +91,9 @@ class SharedChannels:
             await self.ask(Mediator.pause)
             stopped = False
             try:
-                stopped = await self.host.drive(deadline, lambda: driver.stop(house.channels))
+                stopped = await self.host.drive(
+                    deadline, lambda: asking.stop(driver, house.channels)
+                )
                 if stopped:
                     await self.ask(Mediator.detach)
                     await self._start()
@@ -165,10 +168,6 @@ class SharedChannels:
             "cpu_s": mediator.cpu_seconds(),
             "keeper_cpu_s": time.process_time(),
         }
-
-    def descriptors(self) -> dict[str, int]:
-        """What a successor of this keeper needs besides that of its leases; they stay ours."""
-        return {"state": self._state.fd} if self._state is not None else {}
 
     def _end_thread(self) -> None:
         mediator, self.mediator = self.mediator, None

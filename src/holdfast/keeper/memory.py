@@ -11,55 +11,53 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
+from holdfast import steps
 from holdfast.dma.ledger import Ledger
+from holdfast.dma.slab import SlabMemory
 from holdfast.errors import (
     BadBuffer,
     Closed,
     DeviceGone,
     HoldfastError,
     RemoteError,
+    StaysStuck,
     UsageError,
 )
-from holdfast.keeper.function import FunctionHost
-from holdfast.keeper.journal import Entry, Journal
+from holdfast.keeper.function import CALL_DEADLINE, FunctionHost
+from holdfast.keeper.held import Holder, put_handover
+from holdfast.keeper.journal import Entry, Journal, Memory, What
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
-from holdfast.kernel import procfs
-from holdfast.values import Iova, Perm
+from holdfast.keeper.map_state import MapState
+from holdfast.keeper.process_memory import OwnMemory, ProcessMemory
+from holdfast.kernel import disposal, limits, procfs
+from holdfast.values import Iova, LeaseId, Perm
 
 PAGE = 4096
 MAP_DEADLINE = 120.0
 """Seconds that a map may take: the kernel clears and pins every page of it."""
+DESCRIPTORS_KEPT = 256
+"""Descriptors that slabs do not take: new clients and the death protocol need some."""
 PIN_LIMIT = 1 << 40
 """Largest range of its own memory that a client may pin at once, in bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessMemory:
-    """``contracts.HostMemory`` over a client's own ``/proc/self/mem``.
+@dataclass(slots=True)
+class _Unmapping:
+    """A lease's unmaps, carried out in a thread that may be late: what is gone must not be lost."""
 
-    The descriptor stays tied to the client's address space: once that is gone, reads and writes
-    move nothing, and the access fails instead of reaching anyone else (proc(5), fs/proc/base.c
-    ``mem_rw``). Writes there ignore page protection, so the *map's* permission is what keeps a
-    read-only array read-only; the backend checks it before it calls.
-    """
-
-    fd: int
-    address: int
-
-    def read(self, offset: int, count: int) -> bytes:
-        data = os.pread(self.fd, count, self.address + offset)
-        if len(data) != count:
-            raise OSError(errno.EFAULT, f"{len(data)} of {count} bytes: the memory is gone")
-        return data
-
-    def write(self, offset: int, data: memoryview) -> None:
-        written = os.pwrite(self.fd, data, self.address + offset)
-        if written != len(data):
-            raise OSError(errno.EFAULT, f"{written} of {len(data)} bytes: the memory is gone")
+    entries: list[Entry]
+    """As they were before."""
+    marks: list[Entry]
+    """As they are written down meanwhile."""
+    outcomes: list[int | HoldfastError] = field(default_factory=list)
+    begun: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(slots=True)
@@ -67,26 +65,36 @@ class MemoryDesk:
     """Hands memory to leases and takes it back. Used by the keeper's loop only."""
 
     host: FunctionHost
+    holder: Holder
     journal: Journal
     ledger: Ledger
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _unmapping: dict[LeaseId, _Unmapping] = field(default_factory=dict)
 
     # -- slabs ------------------------------------------------------------
 
-    async def take_slab(self, lease: Lease, nbytes: int, *, control: bool = False) -> HeldSlab:
+    async def take_slab(
+        self, lease: Lease, nbytes: int, *, control: bool = False, seq: int = 0
+    ) -> HeldSlab:
         """Memory for a lease, reachable by the function when this returns.
+
+        Held by the anchor before anything is mapped. ``seq`` is the request that this answers.
 
         Raises QuotaExceeded, OutOfMemory or IovaExhausted with nothing changed.
         """
         if nbytes <= 0:
             raise BadBuffer(f"{nbytes} bytes", operation="alloc", target=str(self.host.target))
+        limits.require_descriptors(
+            DESCRIPTORS_KEPT, operation="alloc", target=str(self.host.target)
+        )
         granule = self.host.source.granule
         size = -(-nbytes // granule) * granule
         async with lease.memory_lock:
             self._still_alive(lease, "alloc")
-            self.ledger.charge(lease.number, size)
+            self.ledger.charge(lease.number, size, lease.peer.uid)
             try:
-                slab = await self._map_slab(lease, size)
+                what = What.CONTROL if control else What.SLAB
+                slab = await self._map_slab(lease, size, what, seq)
             except BaseException:
                 self.ledger.discharge(lease.number, size)
                 raise
@@ -96,31 +104,61 @@ class MemoryDesk:
                 lease.slabs[slab.number] = slab
             return slab
 
-    async def _map_slab(self, lease: Lease, size: int) -> HeldSlab:
+    async def _map_slab(self, lease: Lease, size: int, what: What, seq: int) -> HeldSlab:
         host = self.host
         number = next(self.numbers)
-        if host.arena_iova is not None:
-            memory = host.source.take(size)
-            base = host.arena_iova
-            return HeldSlab(number, memory, size, [base + offset for offset, _ in memory.extents])
-        memory = await host.call(host.source.take, size)
-        if memory.addresses is not None:
-            return HeldSlab(number, memory, size, [Iova(at) for at in memory.addresses])
+        memory = await host.call_memory(self._take_held, number, size)
+        if host.arena_iova is not None or memory.addresses is not None:
+            return self._fixed_slab(lease, number, memory, size, what, seq)
         try:
             iova = host.space.take(size)
         except BaseException:
-            host.source.recycle(memory)
+            self._let_go(number, memory)
             raise
-        entry = self.journal.reserve(lease.number, iova, size)
+        entry = Entry(0, lease.number, iova, size, what, held=number, seq=seq)
+        entry = self.journal.reserve(entry)
+        steps.reach("keeper.alloc.reserved")
         map_it = partial(host.backend.dma_map, iova, size, Perm.RW, memory.fd, 0)
         try:
             await host.call_within(MAP_DEADLINE, map_it)
         except BaseException:
             # In this order: if it cannot be undone, the memory stays out of use.
             await self._undo(entry)
-            host.source.recycle(memory)
+            self._let_go(number, memory)
             raise
-        return HeldSlab(number, memory, size, [iova], self.journal.confirm(entry))
+        steps.reach("keeper.alloc.mapped")
+        entry = self.journal.confirm(entry)
+        steps.reach("keeper.alloc.confirmed")
+        return HeldSlab(number, memory, size, [iova], entry, seq)
+
+    def _take_held(self, number: int, size: int) -> SlabMemory:
+        """Memory that does not end with this process. Blocking."""
+        memory = self.host.source.take(size)
+        try:
+            put_handover(self.holder, f"slab/{number}", self.host.source.describe(memory))
+        except BaseException:
+            self.host.source.recycle(memory)
+            raise
+        return memory
+
+    def _fixed_slab(
+        self, lease: Lease, number: int, memory: SlabMemory, size: int, what: What, seq: int
+    ) -> HeldSlab:
+        """Memory that the function can reach anyway: there is nothing to map."""
+        self.journal.hold(Memory(number, lease.number, size, what, seq))
+        return HeldSlab(number, memory, size, self.fixed_iovas(memory), None, seq)
+
+    def fixed_iovas(self, memory: SlabMemory) -> list[Iova]:
+        """Where the function sees memory that needs no map."""
+        if memory.addresses is not None:
+            return [Iova(at) for at in memory.addresses]
+        base = self.host.arena_iova
+        assert base is not None
+        return [base + offset for offset, _ in memory.extents]
+
+    def _let_go(self, number: int, memory: SlabMemory) -> None:
+        self.holder.drop(f"slab/{number}")
+        self.host.source.recycle(memory)
 
     async def give_slab(self, lease: Lease, number: int) -> None:
         """Take a slab back from a living client. The function must be idle for this lease."""
@@ -128,14 +166,18 @@ class MemoryDesk:
             slab = lease.slabs.get(number)
             if slab is None:
                 raise UsageError(f"no slab {number}", operation="give slab back")
-            if slab.entry is not None and not await self._unmap(slab.entry):
-                raise HoldfastError("unmapped less than the slab", operation="give slab back")
-            del lease.slabs[number]
+            if slab.entry is not None:
+                slab.entry = await self._unmap(slab.entry)
+                if slab.entry is not None:
+                    raise HoldfastError("unmapped less than the slab", operation="give slab back")
             await self._recycle(lease, [slab])
+            del lease.slabs[number]
 
     # -- pins ------------------------------------------------------------
 
-    async def pin(self, lease: Lease, address: int, nbytes: int, *, writable: bool) -> HeldPin:
+    async def pin(
+        self, lease: Lease, address: int, nbytes: int, *, writable: bool, seq: int = 0
+    ) -> HeldPin:
         """Let the function reach the client's own memory by message (relayed)."""
         self._check_range(address, nbytes)
         if lease.own_memory is None:
@@ -145,9 +187,12 @@ class MemoryDesk:
                 target=str(self.host.target),
             )
         perm = Perm.RW if writable else Perm.READ
-        memory = ProcessMemory(lease.own_memory, address)
+        lease.relay = lease.relay or OwnMemory(lease.own_memory)
+        memory = ProcessMemory(lease.own_memory, address, lease.relay)
         async with lease.memory_lock:
-            entry = self._reserve(lease, address, nbytes)
+            wanted = Entry(0, lease.number, Iova(0), nbytes, What.RELAYED, next(self.numbers),
+                           address, writable, seq)  # fmt: skip
+            entry = self._reserve(lease, wanted)
             try:
                 await self.host.call(
                     self.host.backend.dma_map_memory, entry.iova, nbytes, perm, memory
@@ -156,11 +201,15 @@ class MemoryDesk:
                 await self._undo(entry)
                 self.ledger.discharge(lease.number, nbytes)
                 raise
-            pin = HeldPin(next(self.numbers), entry.iova, nbytes, self.journal.confirm(entry))
+            steps.reach("keeper.pin.mapped")
+            pin = HeldPin(entry.held, entry.iova, nbytes, self.journal.confirm(entry))
+            steps.reach("keeper.pin.confirmed")
             lease.pins[pin.number] = pin
             return pin
 
-    async def reserve_pin(self, lease: Lease, address: int, nbytes: int) -> HeldPin:
+    async def reserve_pin(
+        self, lease: Lease, address: int, nbytes: int, *, seq: int = 0
+    ) -> HeldPin:
         """Room for pages that the client is about to pin itself; from here on a death undoes it.
 
         The whole pages around the range: an I/O page table knows nothing smaller.
@@ -168,8 +217,11 @@ class MemoryDesk:
         self._check_range(address, nbytes)
         first = address % PAGE
         async with lease.memory_lock:
-            entry = self._reserve(lease, address - first, -(-(first + nbytes) // PAGE) * PAGE)
-            pin = HeldPin(next(self.numbers), entry.iova, entry.size, entry, in_place=True)
+            size = -(-(first + nbytes) // PAGE) * PAGE
+            wanted = Entry(0, lease.number, Iova(0), size, What.IN_PLACE, next(self.numbers),
+                           address - first, seq=seq)  # fmt: skip
+            entry = self._reserve(lease, wanted)
+            pin = HeldPin(entry.held, entry.iova, entry.size, entry, in_place=True)
             lease.pins[pin.number] = pin
             return pin
 
@@ -178,7 +230,8 @@ class MemoryDesk:
         pin = lease.pins.get(number)
         if pin is None or not pin.in_place:
             raise UsageError(f"no pin {number} was reserved", operation="pin")
-        pin.entry = self.journal.confirm(pin.entry)
+        if not pin.entry.confirmed:
+            pin.entry = self.journal.confirm(pin.entry)
 
     def _check_range(self, address: int, nbytes: int) -> None:
         if not 0 < nbytes <= PIN_LIMIT or address + nbytes > 1 << 47:
@@ -186,18 +239,20 @@ class MemoryDesk:
                 f"{nbytes} bytes at {address:#x}", operation="pin", target=str(self.host.target)
             )
 
-    def _reserve(self, lease: Lease, address: int, nbytes: int) -> Entry:
+    def _reserve(self, lease: Lease, wanted: Entry) -> Entry:
         """Charge, take an IOVA and write the intention down. Under the lease's memory lock."""
         self._still_alive(lease, "pin")
         # Keep the offset within the page, so that alignment means the same on both sides.
-        first = address % PAGE
-        self.ledger.charge(lease.number, nbytes)
+        first = wanted.address % PAGE
+        self.ledger.charge(lease.number, wanted.size, lease.peer.uid)
         try:
-            iova = self.host.space.take(-(-(first + nbytes) // PAGE) * PAGE)
+            iova = self.host.space.take(-(-(first + wanted.size) // PAGE) * PAGE)
         except BaseException:
-            self.ledger.discharge(lease.number, nbytes)
+            self.ledger.discharge(lease.number, wanted.size)
             raise
-        return self.journal.reserve(lease.number, iova + first, nbytes)
+        entry = self.journal.reserve(replace(wanted, iova=iova + first))
+        steps.reach("keeper.pin.reserved")
+        return entry
 
     async def unpin(self, lease: Lease, number: int) -> None:
         """Take a pin away; when this returns the function cannot reach the memory any more."""
@@ -205,7 +260,9 @@ class MemoryDesk:
             pin = lease.pins.get(number)
             if pin is None:
                 raise UsageError(f"no pin {number}", operation="unpin")
-            if not await self._unmap(pin.entry):
+            left = await self._unmap(pin.entry)
+            if left is not None:
+                pin.entry = left
                 raise HoldfastError("unmapped less than the pin", operation="unpin")
             del lease.pins[number]
             self.ledger.discharge(lease.number, pin.size)
@@ -227,44 +284,96 @@ class MemoryDesk:
         for number in list(lease.pins):
             await self.unpin(lease, number)
 
-    def accept_own_memory(self, lease: Lease, fd: int) -> None:
+    async def accept_own_memory(self, lease: Lease, fd: int) -> None:
         """Take ownership of the client's /proc/self/mem after checking that it really is."""
         if lease.own_memory is not None or not procfs.is_memory_of(fd, lease.peer.pid):
-            os.close(fd)
+            disposal.discard([fd])
             if lease.own_memory is None:
                 raise BadBuffer(
                     "the descriptor is not this client's /proc/self/mem", operation="pin"
                 )
             return
         lease.own_memory = fd
+        await self.host.call(self.holder.put, f"lease/{lease.number}/memory", [fd])
 
-    def adopt_leftovers(self, lease: Lease) -> None:
+    def adopt_memory(self, lease: Lease, left: Iterable[SlabMemory]) -> None:
         """Put memory of a keeper that is dead on a lease's account, as if it were that lease's."""
-        for memory in self.host.source.leftovers():
-            iovas = [Iova(at) for at in memory.addresses or ()]
+        for memory in left:
+            fixed = memory.addresses is not None or self.host.arena_iova is not None
+            iovas = self.fixed_iovas(memory) if fixed else []
             slab = HeldSlab(next(self.numbers), memory, memory.size, iovas)
-            self.ledger.adopt(lease.number, slab.size)
+            self.journal.hold(Memory(slab.number, lease.number, slab.size, What.SLAB))
+            self.ledger.adopt(lease.number, slab.size, lease.peer.uid)
             lease.slabs[slab.number] = slab
+
+    async def settle(self, lease: Lease) -> None:
+        """Undo what a keeper that was killed had begun for a living client and not answered.
+
+        What cannot be undone stays the lease's, until it ends.
+        """
+        async with lease.memory_lock:
+            for slab in list(lease.all_slabs()):
+                if slab.entry is None or slab.entry.state is MapState.MAPPED:
+                    continue
+                slab.entry = await self._unmap(slab.entry)
+                if slab.entry is None:
+                    lease.slabs.pop(slab.number, None)
+                    lease.control = None if lease.control is slab else lease.control
+                    await self._recycle(lease, [slab])
+            for pin in list(lease.pins.values()):
+                reserved = pin.entry.state is MapState.RESERVED
+                if pin.entry.confirmed or (pin.in_place and reserved):
+                    continue  # in place: its client is at it
+                left = await self._unmap(pin.entry)
+                if left is None:
+                    del lease.pins[pin.number]
+                    self.ledger.discharge(lease.number, pin.size)
+                else:
+                    pin.entry = left
 
     # -- the end of a lease ------------------------------------------------------------
 
-    async def unmap_all(self, lease: Lease, *, retire: bool) -> bool:
+    async def unmap_all(
+        self, lease: Lease, *, retire: bool, deadline: float = CALL_DEADLINE
+    ) -> bool:
         """Undo every mapping of a lease; True if each unmap took exactly what was mapped.
 
-        With ``retire`` the IOVAs are not handed out again until :meth:`reinstate`.
+        With ``retire`` the IOVAs are not handed out again until :meth:`reinstate`. Raises
+        StaysStuck after ``deadline`` seconds; what came of it is then found by the next call.
         """
-        entries = list(self.journal.entries(lease.number))
-        if not entries:
-            return True
-        outcomes = await self.host.call(self._unmap_now, entries)
+        if lease.everything:
+            await self.host.call_within(deadline, self.host.backend.dma_unmap_all)
+        work = self._unmapping.get(lease.number)
+        if work is not None and not work.done.is_set():
+            raise StaysStuck("an earlier unmap has not come back", operation="unmap",
+                             target=str(self.host.target))  # fmt: skip
+        if work is None:
+            entries = list(self.journal.entries(lease.number))
+            if not entries:
+                return True
+            work = self._unmapping[lease.number] = _Unmapping(
+                entries, [self.journal.unmapping(entry) for entry in entries]
+            )
+            steps.reach("keeper.unmapping")
+            try:
+                await self.host.call_within(deadline, partial(self._unmap_now, work))
+            finally:
+                if not work.begun:
+                    del self._unmapping[lease.number]
+                    for entry, mark in zip(work.entries, work.marks, strict=True):
+                        self._failed(entry, mark)
+        del self._unmapping[lease.number]
+        steps.reach("keeper.unmapped")
         complete, problem = True, None
-        for entry, outcome in zip(entries, outcomes, strict=True):
+        for entry, mark, outcome in zip(work.entries, work.marks, work.outcomes, strict=True):
             if isinstance(outcome, HoldfastError):
                 problem = problem or outcome  # the others are gone all the same, and recorded so
+                self._failed(entry, mark)
             else:
                 # Nothing was there, but a client that lives may still do what was reserved for it.
                 late = not entry.confirmed and not outcome and not lease.process_dead
-                complete &= self._close(entry, outcome, retire=retire or late)
+                left = self._close(entry, mark, outcome, retire=retire or late)
+                complete &= left is None
         if problem is not None:
             raise problem
         return complete
@@ -275,34 +384,51 @@ class MemoryDesk:
             self.ledger.discharge(lease.number, pin.size)
         lease.pins.clear()
         if lease.own_memory is not None:
+            self.holder.drop(f"lease/{lease.number}/memory")
             os.close(lease.own_memory)
-            lease.own_memory = None
-        slabs = list(lease.all_slabs())
-        lease.control = None
+            lease.own_memory = lease.relay = None
+        await self._recycle(lease, list(lease.all_slabs()))
+        lease.control = None  # not before: until they are gone they are this lease's
         lease.slabs.clear()
-        await self._recycle(lease, slabs)
 
     def reinstate(self, ranges: list[tuple[Iova, int]]) -> None:
         """Retired IOVAs may be used again: the function has been proven quiet since."""
         for iova, size in ranges:
             self.host.space.reinstate(iova, size)
+            self.journal.reinstate(iova)
 
     # -- details ------------------------------------------------------------
 
-    async def _unmap(self, entry: Entry) -> bool:
-        """Undo one mapping; True if it took exactly what was mapped."""
-        unmapped = await self.host.call(self._unmap_one, entry)
-        return self._close(entry, unmapped, retire=False)
+    async def _unmap(self, entry: Entry) -> Entry | None:
+        """Undo one mapping; None if it took exactly what was mapped, else what is still there."""
+        mark = self.journal.unmapping(entry)
+        steps.reach("keeper.unmapping")
+        try:
+            unmapped = await self.host.call(self._unmap_one, entry)
+        except BaseException:
+            self._failed(entry, mark)
+            raise
+        steps.reach("keeper.unmapped")
+        return self._close(entry, mark, unmapped, retire=False)
 
-    def _unmap_now(self, entries: list[Entry]) -> list[int | HoldfastError]:
-        """Bytes that each unmap took away, or why it failed. Blocking."""
-        outcomes: list[int | HoldfastError] = []
-        for entry in entries:
-            try:
-                outcomes.append(self._unmap_one(entry))
-            except HoldfastError as error:
-                outcomes.append(error)
-        return outcomes
+    def _failed(self, entry: Entry, mark: Entry, unmapped: int = 0) -> Entry:
+        """Record that what was mapped before is still there; what only may have been, still may."""
+        return self.journal.still_mapped(mark) if entry.confirmed or unmapped else mark
+
+    def _unmap_now(self, work: _Unmapping) -> None:
+        """Find out how many bytes each unmap takes away, or why it fails. Blocking."""
+        work.begun = True
+        try:
+            for entry in work.entries:
+                try:
+                    work.outcomes.append(self._unmap_one(entry))
+                except HoldfastError as error:
+                    work.outcomes.append(error)
+                except Exception as error:  # noqa: BLE001 - each entry has an outcome
+                    said = f"{type(error).__name__}: {error}"
+                    work.outcomes.append(HoldfastError(said, operation="unmap"))
+        finally:
+            work.done.set()
 
     def _unmap_one(self, entry: Entry) -> int:
         try:
@@ -315,26 +441,31 @@ class MemoryDesk:
             # The mapping ended with the process that held it, but only the reaper can say so.
             return entry.size if self.host.proven_gone() else 0
 
-    def _close(self, entry: Entry, unmapped: int, *, retire: bool) -> bool:
+    def _close(self, entry: Entry, mark: Entry, unmapped: int, *, retire: bool) -> Entry | None:
+        """Judge an unmap by what ``entry`` was before it; None, or what is still there."""
         if not entry.unmapped_in_full(unmapped):
-            return False
-        self.journal.close(entry)
+            return self._failed(entry, mark, unmapped)
         base, span = page_span(entry)
         if retire:
+            self.journal.retire(mark)
             self.host.space.retire(base, span)
         else:
+            self.journal.close(mark)
             self.host.space.give_back(base, span)
-        return True
+        return None
 
     async def _undo(self, entry: Entry) -> None:
         """A map failed or was never tried: an unmap of size 0 is right here."""
-        if not await self._unmap(entry):
+        if await self._unmap(entry) is not None:
             raise HoldfastError("a failed map could not be undone", operation="map")
 
     async def _recycle(self, lease: Lease, slabs: list[HeldSlab]) -> None:
-        lease.punch_ns += await self.host.call(self._punch, slabs)
+        lease.punch_ns += await self.host.call_memory(self._punch, slabs)
+        steps.reach("keeper.death.punched")
         for slab in slabs:
-            self.host.source.recycle(slab.memory)
+            if slab.entry is None:
+                self.journal.let_go(slab.number)  # before anybody else can get it
+            self._let_go(slab.number, slab.memory)
             self.ledger.discharge(lease.number, slab.size)
 
     def _punch(self, slabs: list[HeldSlab]) -> int:

@@ -99,7 +99,8 @@ def open(  # noqa: A001
     """
     parsed = Target.parse(target)
     wanted = _parse_access(access, target)
-    deadline = time.monotonic() + (timeout or 0)
+    begun = time.monotonic()
+    deadline = begun + (timeout or 0)
     while True:
         client = connect(parsed, timeout)
         try:
@@ -107,6 +108,12 @@ def open(  # noqa: A001
         except Busy:
             client.close()
             if time.monotonic() >= deadline:
+                raise
+            time.sleep(RETRY_PAUSE)
+        except KeeperGone:
+            # Killed before it had written the lease down; its successor knows nothing of it.
+            client.close()
+            if time.monotonic() >= max(deadline, begun + SUCCESSION):
                 raise
             time.sleep(RETRY_PAUSE)
         except BaseException:

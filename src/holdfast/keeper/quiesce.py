@@ -16,7 +16,8 @@ the machine refuses rows whose facts were not observed. Deadlines bound every me
 and a measure that fails, hangs or raises counts as not having proven anything.
 
 Cost. A dead lease holds its memory and channels for as long as the proof takes, and for ever if
-there is none: then it is quarantined, and looked at again from time to time.
+there is none: then it is quarantined, and looked at again ever more rarely, or when an operator
+asks.
 """
 
 from __future__ import annotations
@@ -24,37 +25,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from holdfast.driver import Driver
-from holdfast.errors import DeviceGone, HoldfastError, NotSupported
+from holdfast import steps
+from holdfast.errors import DeviceGone, HoldfastError
+from holdfast.keeper import asking
+from holdfast.keeper.aftermath import give_channels_back
+from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.lease import Lease
-from holdfast.keeper.memory import MemoryDesk, page_span
-from holdfast.keeper.state import FIRST_MEASURE, QUIET_PROOFS, Event, Fact, State
-from holdfast.values import Iova, Policy
+from holdfast.keeper.memory import MemoryDesk
+from holdfast.keeper.proving import Announcer, Proving
+from holdfast.keeper.quarantine import Ask, Quarantined
+from holdfast.keeper.state import FIRST_MEASURE, Event, Fact, State
 
-POLL_FIRST = 0.0003
-POLL_LAST = 0.002
-"""Seconds between two looks at a draining engine: short at first, then easy on the processor."""
-QUARANTINE_PERIOD = 1.0
-"""Seconds between two looks at a quarantined lease."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """Bounds of each measure in seconds. Passing one only ever leads to a stronger measure."""
-
-    drain: float = 10.0
-    stop: float = 2.0
-    isolate: float = 1.0
-    reset: float = 5.0
-
-
-class Announcer(Protocol):
-    """Tells the other leases of a function-level step."""
-
-    def announce(self, what: str, text: str, *, but: Lease) -> None: ...
+Found = tuple[Event, str]
+"""What a measure came to, and what to log of it."""
 
 
 @dataclass(slots=True)
@@ -66,13 +51,20 @@ class Quiesce:
     desk: MemoryDesk
     deadlines: Deadlines
     announcer: Announcer
-    retired: list[tuple[Iova, int]] = field(default_factory=list)
-    was_reset: bool = False
+    proving: Proving = field(init=False)
+    disturbed: int = field(init=False)
+    """The function-level measures before this death: a later one may cut its transfers off."""
+    asks: list[Ask] = field(default_factory=list)
+    """Who waits to hear what became of a look at the quarantine."""
+
+    def __post_init__(self) -> None:
+        self.proving = Proving(self.lease, self.host, self.desk, self.deadlines, self.announcer)
+        self.disturbed = self.host.disturbed
 
     async def run(self, why: str) -> None:
         """Walk the table until the memory is back (or until the keeper ends)."""
         machine = self.lease.machine
-        measures: dict[State, Callable[[], Awaitable[tuple[Event, str]]]] = {
+        measures: dict[State, Callable[[], Awaitable[Found]]] = {
             State.FROZEN: self._frozen,
             State.DRAINING: self._draining,
             State.STOPPING: self._stopping,
@@ -86,39 +78,42 @@ class Quiesce:
         self.lease.note(why, self.lease.noticed_ns)
         async with self.lease.serving:
             pass  # what was being done for the client is done; frozen, it gets nothing more
+        said = why
         while machine.state is not State.RELEASED:
+            steps.reach(f"keeper.{machine.state}")
+            if machine.state is State.QUARANTINE:
+                self.lease.quarantined = self.lease.quarantined or Quarantined(said)
+                self.lease.quarantined.why = said
             event, said = await measures[machine.state]()
             machine.fire(event)
-            self.lease.note(said or str(event))
-        await self._give_channels_back()
+            said = said or str(event)
+            self.lease.note(said)
+        self._answer()
+        await give_channels_back(self.proving)
 
     # -- measures, in the order of the ladder -------------------------------------------------
 
-    async def _frozen(self) -> tuple[Event, str]:
+    async def _frozen(self) -> Found:
         """Nothing more is posted for this lease; look what it had in flight."""
+        first = FIRST_MEASURE[self.lease.machine.policy]
         try:
             await self.desk.unpin_relayed(self.lease)
             if self.lease.mediated is not None:
                 await self.lease.mediated.freeze()
                 self.lease.machine.observe(Fact.CANNOT_POST)  # its ring is read no more
-            self.lease.in_flight_at_death = await self._in_flight()
+            self.lease.in_flight_at_death = await self.proving.in_flight()
         except HoldfastError as error:
-            return FIRST_MEASURE[self.lease.machine.policy], f"in flight unknown: {error.what}"
-        return (
-            FIRST_MEASURE[self.lease.machine.policy],
-            f"{self.lease.in_flight_at_death} in flight",
-        )
+            return first, f"in flight unknown: {error.what}"
+        return first, f"{self.lease.in_flight_at_death} in flight"
 
-    async def _draining(self) -> tuple[Event, str]:
+    async def _draining(self) -> Found:
         """Let it finish what was posted."""
         driver, channels = self.host.driver, self.lease.channels
-        mediated = self.lease.mediated is not None
         try:
             async with asyncio.timeout(self.deadlines.drain):
-                if not mediated:
-                    await self._drive(lambda: driver.drain(channels))
-                await self._wait_idle()
-                failed = not mediated and await self._drive(lambda: driver.failed(channels))
+                if self.lease.mediated is None:
+                    await self.proving.drive(lambda: asking.drain(driver, channels))
+                await self.proving.wait_idle()
         except TimeoutError:
             return Event.DEADLINE, "did not finish in time"
         except DeviceGone as error:
@@ -126,13 +121,25 @@ class Quiesce:
         except HoldfastError as error:
             return Event.DEADLINE, error.what
         self.lease.machine.observe(Fact.IDLE_CONFIRMED)
-        self.lease.completed_after_death = self.lease.in_flight_at_death > 0 and not failed
+        self.lease.completed_after_death = await self._completed()
         return Event.IDLE, "nothing in flight, confirmed"
 
-    async def _stopping(self) -> tuple[Event, str]:
+    async def _completed(self) -> bool:
+        """Whether what was in flight was carried out: for the figures only, it proves nothing."""
+        driver, channels = self.host.driver, self.lease.channels
+        if not self.lease.in_flight_at_death or self.host.disturbed != self.disturbed:
+            return False
+        if self.lease.mediated is not None:
+            return True  # what fails is told as such, and taken out
+        try:
+            return not await self.proving.drive(lambda: asking.failed(driver, channels))
+        except HoldfastError:
+            return False
+
+    async def _stopping(self) -> Found:
         """Stop the engine for this lease's channels; only an acknowledgement counts."""
         try:
-            stopped = await self._stop()
+            stopped = await self.proving.stop()
         except DeviceGone as error:
             return await self._gone(Event.NOT_STOPPED, error)
         except HoldfastError as error:
@@ -142,16 +149,12 @@ class Quiesce:
         self.lease.machine.observe(Fact.STOP_ACKNOWLEDGED)
         return Event.STOPPED, "the engine acknowledged"
 
-    async def _isolating(self) -> tuple[Event, str]:
+    async def _isolating(self) -> Found:
         """Bus master off, flushing read, and see whether the engine comes to rest by itself."""
-        async with self.host.starting:
-            self._announce("isolated", "bus mastering is off while a dead lease is quieted")
-            self.host.isolated.add(self.lease.number)
-            self.host.usable.clear()
         try:
             async with asyncio.timeout(self.deadlines.isolate):
-                await self.host.call(self.host.isolate)
-                await self._wait_idle()
+                await self.proving.shut_off()
+                await self.proving.wait_idle()
         except TimeoutError:
             return Event.DEADLINE, "bus master is off, the engine is not at rest"
         except DeviceGone as error:
@@ -161,50 +164,71 @@ class Quiesce:
         self.lease.machine.observe(Fact.IDLE_CONFIRMED)
         return Event.IDLE, "bus master off, at rest"
 
-    async def _resetting(self) -> tuple[Event, str]:
+    async def _resetting(self) -> Found:
         """Reset; believed only if the driver says that a reset stops DMA. Else unmap, or keep."""
-        said = "the function has no reset"
-        if self.host.backend.promises.reset:
-            self._announce("reset", "the function was reset to quiet a dead lease")
-            try:
-                await self.host.call_within(self.deadlines.reset, self.host.backend.reset)
-                self.was_reset = True
-                said = "the reset is not known to stop DMA"
-                if self.host.driver.reset_stops_dma:
-                    await self.host.call(self.host.isolate)
-                    self.lease.machine.observe(Fact.RESET_TRUSTED)
-                    return Event.RESET_DONE, "reset acknowledged"
-            except DeviceGone as error:
-                return await self._gone(Event.NO_PROOF, error)
-            except HoldfastError as error:
-                said = error.what
-        if await self._unmap_strictly():
+        try:
+            quiet, said = await self.proving.reset()
+        except DeviceGone as error:
+            return await self._gone(Event.NO_PROOF, error)
+        if quiet:
+            return Event.RESET_DONE, said
+        if await self.proving.unmap_strictly():
             return Event.UNREACHABLE, f"{said}; unmapped instead, IOVAs retired"
         return Event.NO_PROOF, said
 
-    async def _quarantined(self) -> tuple[Event, str]:
-        """Keep everything, and look again from time to time."""
+    async def _quarantined(self) -> Found:
+        """Keep everything, and look again: from time to time, and when an operator asks."""
+        held = self.lease.quarantined
+        assert held is not None
+        pause = self.deadlines.quarantine
         while True:
-            await asyncio.sleep(QUARANTINE_PERIOD)
-            if self.host.proven_gone():
-                self.lease.machine.observe(Fact.FUNCTION_GONE)
-                return Event.GONE, "the function's process is reaped"
-            try:
-                if not await self._at_rest():
-                    continue
-            except HoldfastError:
-                continue
-            self.lease.machine.observe(Fact.IDLE_CONFIRMED)
-            return Event.IDLE, "at rest at last"
+            self._answer()
+            self.asks = await held.wait(pause)
+            pause = min(2 * pause, self.deadlines.quarantine_longest)
+            if self.asks:
+                pause = self.deadlines.quarantine
+            event, said = await self._look_again(force=any(ask.force for ask in self.asks))
+            held.looks += 1
+            if event is not None:
+                return event, said
+            if said != held.last:
+                self.lease.note(f"looked again: {said}")
+            held.last = said
 
-    async def _returning(self) -> tuple[Event, str]:
+    async def _look_again(self, *, force: bool) -> tuple[Event | None, str]:
+        """Everything that can still prove a quarantined lease quiet; None if nothing did."""
+        machine, proving = self.lease.machine, self.proving
+        if self.host.proven_gone():
+            machine.observe(Fact.FUNCTION_GONE)
+            return Event.GONE, "the function's process is reaped"
+        try:
+            if await proving.at_rest():
+                machine.observe(Fact.IDLE_CONFIRMED)
+                return Event.IDLE, "at rest at last"
+            said = "not at rest"
+        except HoldfastError as error:
+            said = error.what
+        if await proving.unmap_strictly():
+            return Event.UNREACHABLE, f"{said}; unmapped at last, IOVAs retired"
+        if not (self.host.backend.promises.reset and self.host.facts.reset_stops_dma):
+            return None, f"{said}; no reset would prove anything"
+        if not force and not proving.may_disturb():
+            return None, f"{said}; not reset, because other leases are at work"
+        try:
+            await proving.shut_off()
+            quiet, said = await proving.reset()
+        except HoldfastError as error:
+            return None, error.what
+        return (Event.RESET_DONE if quiet else None), said
+
+    async def _returning(self) -> Found:
         """Unmap (checked), unpin, punch, recycle: the memory goes, if the gate is open."""
         lease = self.lease
         if lease.machine.withheld() and not await self._no_more_posts():
             return Event.NO_PROOF, "it was started again by someone who still held the lease"
         async with lease.memory_lock:
             try:
-                if await self.desk.unmap_all(lease, retire=False):
+                if await self.desk.unmap_all(lease, retire=False, deadline=self.deadlines.unmap):
                     lease.machine.observe(Fact.UNMAPPED_IN_FULL)
             except HoldfastError as error:
                 return Event.NO_PROOF, f"unmap failed: {error.what}"
@@ -227,143 +251,19 @@ class Quiesce:
             self.lease.changed.clear()
             await self.lease.changed.wait()
         try:
-            return await self._at_rest()
+            return await self.proving.at_rest()
         except HoldfastError as error:
             self.lease.note(f"cannot tell whether it is still at rest: {error.what}")
             return False
 
-    async def _at_rest(self) -> bool:
-        """Whether nothing is in flight, twice; the second look is a stop where there is one.
-
-        The stop is not for the engine, which rests, but for its doorbells: a duplicate may live on
-        in a process that never had the lease's socket.
-        """
-        return not await self._in_flight() and (await self._stop() or not await self._in_flight())
-
-    async def _stop(self) -> bool:
-        driver, channels = self.host.driver, self.lease.channels
-        if self.lease.mediated is not None:
-            return await self.lease.mediated.stop(self.deadlines.stop)
-        if not self.lease.claimed:
-            self.lease.machine.observe(Fact.CANNOT_POST)  # it was given no channel and no register
-            return True
-        if not await self._drive(lambda: driver.stop(channels)):
-            return False
-        if driver.stop_is_final and not self.lease.maps_registers:
-            self.lease.machine.observe(Fact.CANNOT_POST)
-        return True
-
-    async def _unmap_strictly(self) -> bool:
-        """Under a strict translation, what is unmapped cannot be reached, quiet or not."""
-        if not self.host.backend.promises.strict_unmap or self.host.arena_iova is not None:
-            return False
-        async with self.lease.memory_lock:
-            entries = self.desk.journal.entries(self.lease.number)
-            self.retired = [page_span(entry) for entry in entries]
-            try:
-                complete = await self.desk.unmap_all(self.lease, retire=True)
-            except HoldfastError as error:
-                self.lease.note(f"unmap failed: {error.what}")
-                return False
-        if complete:
-            self.lease.machine.observe(
-                Fact.STRICTLY_UNMAPPED, Fact.IOVAS_RETIRED, Fact.UNMAPPED_IN_FULL
-            )
-        return complete
-
-    async def _give_channels_back(self) -> None:
-        """Channels go back once idle; those of an unmapped lease are withheld until proven so."""
-        lease, host = self.lease, self.host
-        proven = bool(lease.machine.facts & (QUIET_PROOFS | {Fact.FUNCTION_GONE}))
-        host.isolated.discard(lease.number)
-        try:
-            if not host.usable.is_set() and not host.isolated and not host.proven_gone():
-                probe = self.was_reset
-                await host.drive(self.deadlines.reset, lambda: host.reconnect(probe=probe))
-                host.usable.set()
-                if lease.mediated is not None:
-                    # The others' requests were cut off as well.
-                    await lease.mediated.mediation.restart()
-            await host.call(host.renew_vectors, lease.grant.vectors)
-        except HoldfastError as error:
-            lease.note(f"the function is not usable again: {error.what}")
-            return
-        if proven or lease.machine.policy is Policy.RELEASE:
-            self._unclaim()
-        elif type(host.driver).in_flight is Driver.in_flight:
-            # Nothing is known of this function, so nothing will ever prove it quiet. What the dead
-            # lease left behind can only reach IOVAs that are never handed out again.
-            lease.note("IOVAs retired for good: no driver can prove the function quiet")
-            self._unclaim()
-        else:
-            lease.note("channels and IOVAs withheld until proven quiet")
-            host.keep(self._withheld())
-
-    async def _withheld(self) -> None:
-        """After UNMAPPED: wait for the engine's own idle, then reinstate IOVAs and channels."""
-        while True:
-            await asyncio.sleep(QUARANTINE_PERIOD)
-            try:
-                # Told to stop first: nobody waits for what it was at any more.
-                if not await self._stop() or not await self._at_rest():
-                    continue
-            except HoldfastError:
-                if self.host.proven_gone():
-                    return
-                continue
-            self.desk.reinstate(self.retired)
-            self._unclaim()
-            return
-
-    def _unclaim(self) -> None:
-        if self.lease.claimed:
-            self.lease.claimed = False
-            self.host.unclaim(self.lease.access, self.lease.channels)
-
-    async def _wait_idle(self) -> None:
-        """Return once the function was seen at rest."""
-        pause = POLL_FIRST
-        while not await self._at_rest():
-            await asyncio.sleep(pause)
-            pause = min(pause * 1.5, POLL_LAST)
-
-    async def _in_flight(self) -> int:
-        driver, channels = self.host.driver, self.lease.channels
-        if self.lease.mediated is not None:
-            return await self.lease.mediated.in_flight()
-        if not self.lease.claimed:
-            return 0  # a lease of memory only cannot post
-        return await self._drive(lambda: driver.in_flight(channels))
-
-    async def _drive(self, call: Callable[[], object]) -> int:
-        try:
-            return int(bool_or_int(await self.host.drive(self.deadlines.stop, call)))
-        except (HoldfastError, asyncio.CancelledError):
-            raise
-        except Exception as error:  # driver code may raise anything; it must not end the ladder
-            raise NotSupported(
-                f"the driver raised {type(error).__name__}: {error}", operation="quiesce"
-            ) from error
-
-    async def _gone(self, otherwise: Event, error: DeviceGone) -> tuple[Event, str]:
+    async def _gone(self, otherwise: Event, error: DeviceGone) -> Found:
         """The function went away; proof only if its process has been reaped."""
-        for _ in range(20):
-            if self.host.proven_gone():
-                self.lease.machine.observe(Fact.FUNCTION_GONE)
-                return Event.GONE, "the function's process is reaped"
-            await asyncio.sleep(0.01)
+        if await self.proving.gone():
+            return Event.GONE, "the function's process is reaped"
         return otherwise, error.what
 
-    def _announce(self, what: str, text: str) -> None:
-        if not self.lease.announced:
-            self.lease.announced = True
-            self.announcer.announce(what, text, but=self.lease)
-
-
-def bool_or_int(value: object) -> int:
-    """A driver's answer as a number; anything else is a driver error."""
-    if value is None:
-        return 0
-    if isinstance(value, int):
-        return int(value)
-    raise TypeError(f"expected a number, not {type(value).__name__}")
+    def _answer(self) -> None:
+        """Let whoever asked for a look see what came of it."""
+        for ask in self.asks:
+            ask.answer.set()
+        self.asks = []

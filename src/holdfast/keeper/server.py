@@ -15,38 +15,53 @@ import contextlib
 import itertools
 import os
 import socket
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from holdfast.dma.ledger import Ledger
+from holdfast import steps
+from holdfast.dma.ledger import Ledger, Quota
 from holdfast.errors import (
     DeviceGone,
     HoldfastError,
     KeeperUnreachable,
+    NoPermission,
     ProtocolError,
+    QuarantineFull,
     UsageError,
     VersionMismatch,
     to_fields,
 )
+from holdfast.keeper import admission
+from holdfast.keeper.admission import AllowList
+from holdfast.keeper.adoption import adopt_leases
+from holdfast.keeper.aftermath import give_channels_back
+from holdfast.keeper.anchor_link import AnchorLink
 from holdfast.keeper.connection import Connection
-from holdfast.keeper.function import FunctionHost
-from holdfast.keeper.journal import MemoryJournal
+from holdfast.keeper.continuity import Inherited
+from holdfast.keeper.deadlines import Deadlines
+from holdfast.keeper.event_log import EventLog
+from holdfast.keeper.gate import GREETING, Gate
+from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
+from holdfast.keeper.listing import page
 from holdfast.keeper.mediation import Mediation
 from holdfast.keeper.memory import MemoryDesk
-from holdfast.keeper.quiesce import Deadlines, Quiesce
+from holdfast.keeper.proving import Proving
+from holdfast.keeper.quiesce import Quiesce
 from holdfast.keeper.session import Session
 from holdfast.keeper.state import Machine, State
 from holdfast.keeper.unit import Unit
-from holdfast.kernel import pidfd
-from holdfast.values import Access, LeaseId, Policy
+from holdfast.kernel import disposal, pidfd, procfs
+from holdfast.values import Access, Iova, LeaseId, Policy
 from holdfast.wire import lease as wire
-from holdfast.wire import rings
 
 HISTORY = 4096
 """How many ended leases ``ps`` can still tell about."""
+WIND_UP_POLL = 0.05
+"""Seconds between two looks at whether what is still dying has come to quarantine."""
 LEAVE_GRACE = 5.0
 """Seconds that clients have to let go of a function that the system wants back."""
 
@@ -58,12 +73,18 @@ class Settings:
     policy: Policy = Policy.DRAIN
     quota: int = 1 << 30
     buffers: int = 65536
+    requests: int = 1024
+    """Most mediated requests that one lease may have in flight."""
+    per_user: Quota = field(default_factory=Quota)
+    """Bytes and pieces of memory of one user, over all leases."""
+    user_leases: int | None = None
+    """Most leases of one user, dying ones included; None: no limit."""
+    allow: AllowList = field(default_factory=AllowList)
+    """Who may come in besides the keeper's own user and root."""
     quarantine_bound: int = 1 << 30
     idle: float | None = None
     """End after this long without a client; None: stay."""
     deadlines: Deadlines = field(default_factory=Deadlines)
-    requests: int = rings.DEPTH
-    """Most requests that a mediated lease has in flight."""
     card_windows: int = 1
     """Into how many parts the card's memory is cut, one for each mediated lease; 1: not at all."""
 
@@ -71,28 +92,41 @@ class Settings:
 class Keeper:
     """Serves one function. Construct and :meth:`serve` inside a running loop."""
 
-    def __init__(self, host: FunctionHost, settings: Settings, unit: Unit | None = None) -> None:
-        self.host = host
+    def __init__(
+        self, inherited: Inherited, settings: Settings, unit: Unit, link: AnchorLink, log: EventLog
+    ) -> None:
+        continuity = inherited.continuity
+        self.host = inherited.host
+        self.continuity = continuity
+        self.journal = continuity.journal
         self.settings = settings
-        self.unit = unit or Unit()
+        self.unit = unit
         self.unit.keepers.append(self)
-        self.journal = MemoryJournal()
-        self.desk = MemoryDesk(host, self.journal, Ledger(settings.quota, settings.buffers))
+        self.link = link
+        self.log = log
+        ledger = Ledger(settings.quota, settings.buffers, settings.per_user)
+        # Numbers that no slab and no pin of a keeper before this one can have had.
+        numbers = itertools.count(1 + (continuity.counters.successions << 32))
+        self.desk = MemoryDesk(self.host, continuity.scope, self.journal, ledger, numbers)
         self.leases: dict[LeaseId, Lease] = {}
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.sessions: dict[LeaseId, Session] = {}
+        self.greeted: dict[LeaseId, Lease] = {}
+        """Clients that said Hello and have not opened a lease."""
+        self._gate = Gate(settings.user_leases)
         self._connections: set[asyncio.Task[None]] = set()
         self._deaths: dict[LeaseId, asyncio.Task[None]] = {}
-        self._numbers = itertools.count(1)
         self._stop = asyncio.Event()
         self._quiet_since = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._request_fd: int | None = None
         self._leaving = False
         self._one_less = asyncio.Event()
-        self.mediation = Mediation(self, self._numbers, self._end)
+        self.mediation = Mediation(self)
         self.watch()
-        self._take_in_leftovers()
+        if inherited.contents is not None:
+            adopt_leases(self, inherited.contents)
+        self._take_in_lost(inherited)
 
     # -- the function ------------------------------------------------------------
 
@@ -126,22 +160,26 @@ class Keeper:
                     await self._one_less.wait()
         self.stop()
 
-    def _take_in_leftovers(self) -> None:
+    def _take_in_lost(self, inherited: Inherited) -> None:
         """Memory that a dead keeper left behind is a lease whose process is dead."""
-        if self.host.usable.is_set():
+        left = [*inherited.lost, *self.host.source.leftovers()]
+        if not left and not inherited.wreck:
             return
+        self.host.usable.clear()
         peer = pidfd.Peer(pid=0, uid=os.getuid(), gid=os.getgid(), pidfd=pidfd.open_self())
-        lease = Lease(LeaseId(next(self._numbers)), peer, Machine(Policy.DRAIN), claimed=True)
+        lease = self.new_lease(peer)
+        lease.claimed = True
         lease.access = Access.EXCLUSIVE
         lease.channels = self.host.claim(Access.EXCLUSIVE, None)
-        self.desk.adopt_leftovers(lease)
+        lease.everything = inherited.wreck
+        self.desk.adopt_memory(lease, left)
         lease.note(f"{lease.nbytes} bytes were left behind by a keeper that is dead")
         self.leases[lease.number] = lease
         self.host.isolated.add(lease.number)
-        # Its clients never had registers mapped, and the keeper that carried their accesses is
-        # gone: where memory outlives a keeper, registers trap.
+        # Its clients never had registers mapped, or have been hung up on with bus mastering off,
+        # and the keeper that carried their accesses is gone.
         lease.signal(hung_up=True, process_dead=True)
-        self._end(lease, "left behind")
+        self.end(lease, "left behind")
 
     # -- life ------------------------------------------------------------
 
@@ -184,17 +222,15 @@ class Keeper:
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
-        bound = sum(
-            (
-                self.settings.deadlines.drain,
-                self.settings.deadlines.stop,
-                self.settings.deadlines.isolate,
-                self.settings.deadlines.reset,
-            )
-        )
-        if self._deaths:
-            # What is not quiet by then keeps its memory until the function itself is let go.
-            await asyncio.wait(self._deaths.values(), timeout=bound)
+        # What is not quiet by then keeps its memory until the function itself is let go.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.deadlines.ladder()):
+                while tasks := [
+                    task
+                    for number, task in self._deaths.items()
+                    if self.leases[number].machine.state is not State.QUARANTINE
+                ]:
+                    await asyncio.wait(tasks, timeout=WIND_UP_POLL)
         self.mediation.close()
         for task in [*self._deaths.values(), *self.host.tasks]:
             task.cancel()
@@ -220,25 +256,37 @@ class Keeper:
             except OSError:  # out of descriptors: try again rather than die
                 await asyncio.sleep(0.05)
                 continue
-            task = asyncio.create_task(self._attend(sock))
+            user = self._gate.enter(sock)
+            if user is None:
+                await asyncio.sleep(0)  # there may be a long queue of them
+                continue
+            task = asyncio.create_task(self._attend(sock, user))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
 
-    async def _attend(self, sock: socket.socket) -> None:
+    async def _attend(self, sock: socket.socket, user: int) -> None:
         connection = Connection(sock)
+        # Not a timeout around the coroutine: nothing it has received may be lost.
+        silence = self._loop.call_later(GREETING, connection.close)
         lease: Lease | None = None
         try:
-            greeted = await self._greet(connection)
+            try:
+                greeted = await self._greet(connection)
+            finally:
+                silence.cancel()
+                self._gate.greeted(user)
             if greeted is None:
                 return
             peer, hello = greeted
-            machine = Machine(self.settings.policy)
-            lease = Lease(LeaseId(next(self._numbers)), peer, machine, lifeline=hello.lifeline)
+            lease = self.new_lease(peer, hello.lifeline)
+            lease.run = hello.run
+            self.greeted[lease.number] = lease
             session = Session(self, lease, connection)
             await session.serve()
         except ProtocolError as error:
             connection.send(wire.Failed(error=to_fields(error)))
         finally:
+            self._gate.leave(user)
             self._hung_up(lease, connection)
 
     async def _greet(self, connection: Connection) -> tuple[pidfd.Peer, wire.Hello] | None:
@@ -253,14 +301,13 @@ class Keeper:
             connection.send(wire.Failed(error=to_fields(error)))
             return None
         finally:
-            for fd in fds:
-                os.close(fd)
+            disposal.discard(fds)
         try:
             hello = wire.decode_request(packet)
         except ProtocolError:
             os.close(peer.pidfd)
             raise
-        problem = self._refusal(hello)
+        problem = self._refusal(hello, peer)
         if problem is not None or not isinstance(hello, wire.Hello):
             problem = problem or ProtocolError("say Hello first", operation="greet")
             connection.send(wire.Failed(seq=hello.seq, error=to_fields(problem)))
@@ -272,14 +319,18 @@ class Keeper:
                 version=wire.VERSION,
                 target=str(self.host.target),
                 keeper=os.getpid(),
-                driver=self.host.driver.name,
+                driver=self.host.facts.name,
                 policy=str(self.settings.policy),
             )
         )
         return peer, hello
 
-    def _refusal(self, hello: wire.Request) -> HoldfastError | None:
+    def _refusal(self, hello: wire.Request, peer: pidfd.Peer) -> HoldfastError | None:
         target = str(self.host.target)
+        try:
+            self.settings.allow.require(peer, target)
+        except HoldfastError as error:
+            return error
         if isinstance(hello, wire.Hello) and hello.version != wire.VERSION:
             return VersionMismatch(
                 f"the client speaks version {hello.version}, the keeper {wire.VERSION}",
@@ -304,35 +355,84 @@ class Keeper:
 
     # -- leases ------------------------------------------------------------
 
+    def new_lease(self, peer: pidfd.Peer, lifeline: int = 0) -> Lease:
+        """A lease that nothing is known of yet. It owns the peer's pidfd."""
+        number = LeaseId(self.continuity.next_lease())
+        machine = Machine(self.settings.policy)
+        return Lease(number, peer, machine, lifeline=lifeline, recorder=self.log.step)
+
+    def anchor_client(self, lease: Lease, session: Session) -> None:
+        """Have a client's socket and pidfd outlive this process. Blocking."""
+        fd = session.connection.sock.fileno()
+        self.continuity.scope.put(f"lease/{lease.number}/pidfd", [lease.peer.pidfd])
+        self.continuity.scope.put(f"lease/{lease.number}/socket", [fd])
+
     def admit(self, lease: Lease, session: Session) -> None:
-        """A lease begins: from now on its death is watched."""
+        """A lease begins: from now on its death is watched, and it outlives this process."""
         self.require_room()
+        if (most := self.settings.user_leases) is not None:
+            held = sum(each.peer.uid == lease.peer.uid for each in self.leases.values())
+            admission.require_few(lease.peer, held, most, str(self.host.target))
+        admission.require_one_user(
+            lease, (each for each in self.leases.values() if each is not self.mediation.house)
+        )
+        self.greeted.pop(lease.number, None)
+        lease.command = procfs.command_of(lease.peer.pid)
+        self.journal.lease(lease.record())
         self.leases[lease.number] = lease
         self.sessions[lease.number] = session
-        self._loop.add_reader(lease.peer.pidfd, self._died, lease)
+        self.watch_client(lease)
 
-    def require_room(self) -> None:
-        """Raise UsageError if too much memory is in quarantine for another lease."""
+    def require_room(self, operation: str = "open") -> None:
+        """Raise QuarantineFull if too much memory is in quarantine to give any more out."""
         held = self.quarantined()
         if held >= self.settings.quarantine_bound:
-            raise UsageError(
+            raise QuarantineFull(
                 f"{held} bytes are in quarantine, at the bound of {self.settings.quarantine_bound}",
-                operation="open",
+                operation=operation,
                 target=str(self.host.target),
-                hint="see holdfast ps; reset or restart the function",
             )
+
+    async def retry(self, number: int, uid: int, *, force: bool) -> dict[str, Any]:
+        """Look at a quarantined lease now; what became of it. For the keeper's own user."""
+        target = str(self.host.target)
+        if uid != os.geteuid():
+            raise NoPermission(
+                f"the keeper belongs to user {os.geteuid()}, not to user {uid}",
+                operation="retry",
+                target=target,
+                hint="ask as the user who runs the keeper",
+            )
+        lease = self.leases.get(LeaseId(number))
+        held = lease.quarantined if lease is not None else None
+        if lease is None or held is None or lease.machine.state is not State.QUARANTINE:
+            raise UsageError(
+                f"lease {number} is not in quarantine",
+                operation="retry",
+                target=target,
+                hint="see holdfast ps",
+            )
+        ask = held.ask(force=force)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.deadlines.ladder()):
+                await ask.answer.wait()
+        return lease.outcome()
 
     def _died(self, lease: Lease) -> None:
         self._loop.remove_reader(lease.peer.pidfd)
         lease.signal(process_dead=True)
-        self._end(lease, "its process died")
+        self.end(lease, "its process died")
 
     def _hung_up(self, lease: Lease | None, connection: Connection) -> None:
+        if lease is not None:
+            self.continuity.scope.drop(f"lease/{lease.number}/socket")
         connection.close()
         if lease is None:
             return
+        self.greeted.pop(lease.number, None)
         session = self.sessions.pop(lease.number, None)
         if session is None:  # never admitted, so nobody else closes it
+            self.continuity.scope.drop(f"lease/{lease.number}/pidfd")
             os.close(lease.peer.pidfd)
             return
         if session.closed_orderly:
@@ -340,11 +440,14 @@ class Keeper:
         lease.signal(hung_up=True)
         # An orphan may hold the connection until long after the lease was released.
         if lease.number in self.leases:
-            self._end(lease, "its connection hung up")
+            self.end(lease, "its connection hung up")
 
-    def _end(self, lease: Lease, why: str) -> None:
+    def end(self, lease: Lease, why: str) -> None:
+        """Begin the death protocol, if it has not begun."""
         if lease.number in self._deaths:
             return
+        lease.stage = Stage.ENDING
+        self.journal.lease(lease.record())
         quiesce = Quiesce(lease, self.host, self.desk, self.settings.deadlines, self)
         task = asyncio.get_running_loop().create_task(quiesce.run(why))
         self._deaths[lease.number] = task
@@ -360,8 +463,57 @@ class Keeper:
         self.mediation.leave(lease)
         self.leases.pop(lease.number, None)
         self._one_less.set()
+        self.settled(lease)
         self._loop.remove_reader(lease.peer.pidfd)
+        self.continuity.scope.drop(f"lease/{lease.number}/pidfd")
         os.close(lease.peer.pidfd)
+
+    def settled(self, lease: Lease) -> None:
+        """Write down how far a lease is whose memory is back; nothing, if nothing is left of it."""
+        if lease.stage is Stage.WITHHELD:
+            self.journal.lease(lease.record())
+        else:
+            self.journal.end_lease(lease.number)
+
+    def resume_withheld(self, lease: Lease, ranges: list[tuple[Iova, int]]) -> None:
+        """Go on waiting for a lease's channels and IOVAs, which a predecessor withheld."""
+        proving = Proving(lease, self.host, self.desk, self.settings.deadlines, self, ranges)
+        self.host.keep(give_channels_back(proving))
+
+    def watch_client(self, lease: Lease) -> None:
+        """Notice the death of a lease's process."""
+        self._loop.add_reader(lease.peer.pidfd, self._died, lease)
+
+    async def reconnect_if_free(self) -> None:
+        """A predecessor was killed with bus mastering off: who lives must know, and go on."""
+        self.announce("isolated", "bus mastering was off when the keeper was killed", but=None)
+        if self._deaths:
+            return  # the last of them turns it on
+        try:
+            await self.host.restore(self.settings.deadlines.reset)
+        except HoldfastError as error:
+            sys.stderr.write(f"holdfast: {self.host.target} is not usable again: {error}\n")
+
+    def attend_again(self, lease: Lease, connection: Connection) -> None:
+        """Go on serving a client of a predecessor, once what was begun for it is undone."""
+        session = Session(self, lease, connection, adopted=True)
+        self.sessions[lease.number] = session
+        task = asyncio.create_task(self._go_on(session))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+    async def _go_on(self, session: Session) -> None:
+        try:
+            async with session.lease.serving:
+                if session.lease.alive:
+                    await self.desk.settle(session.lease)
+                    session.notify("successor", "the keeper was killed and has a successor")
+            steps.reach("keeper.adopted")
+            await session.serve()
+        except ProtocolError as error:
+            session.connection.send(wire.Failed(error=to_fields(error)))
+        finally:
+            self._hung_up(session.lease, session.connection)
 
     def announce(self, what: str, text: str, *, but: Lease | None) -> None:
         """Tell every other living lease of a function-level step."""
@@ -369,19 +521,35 @@ class Keeper:
             if but is None or number != but.number:
                 session.notify(what, text)
 
-    def ps(self, after: int) -> dict[str, Any]:
-        """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time."""
-        ended = [told for told in self.history if told["lease"] > after]
-        living = [lease.describe() for lease in self.leases.values() if lease.number > after]
-        every = sorted(ended + living, key=lambda told: int(told["lease"]))
+    def at_work(self, *, but: Lease) -> list[int]:
+        """Other leases that would lose what they have in flight by a function-level step."""
+        return [
+            int(lease.number)
+            for lease in self.leases.values()
+            if lease is not but
+            and lease.claimed
+            and lease.machine.state in (State.ALIVE, State.FROZEN, State.DRAINING)
+        ]
+
+    def ps(self, after: int, viewer: pidfd.Peer | None = None, run: str = "") -> dict[str, Any]:
+        """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time.
+
+        As ``viewer`` may see them; None is the keeper itself. With ``run`` only those of one run.
+        """
+        every, more = page(self.history, self.leases.values(), after, viewer, run)
         return {
             "target": str(self.host.target),
             "keeper": os.getpid(),
+            "anchor": self.link.pid,
+            "standby": self.link.standby,
+            "safe_mode": self.continuity.safe_mode,
+            "successions": self.continuity.counters.successions,
             "function": self.host.child.pid if self.host.child is not None else None,
-            "driver": self.host.driver.name,
+            "driver": self.host.facts.name,
             "policy": str(self.settings.policy),
-            "leases": every[: wire.PS_PAGE],
-            "more": len(every) > wire.PS_PAGE,
+            "leases": every,
+            "more": more,
+            "opening": sum(bool(run) and lease.run == run for lease in self.greeted.values()),
             "free_channels": sorted(self.host.free_channels),
             "mediator": self.mediation.describe(),
             "quarantined_bytes": self.quarantined(),

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from holdfast.driver import Driver
+from holdfast import steps
+from holdfast.dma.sg import SgList
+from holdfast.driver import Grant
 from holdfast.errors import (
     BadAccess,
     Busy,
@@ -28,16 +28,17 @@ from holdfast.errors import (
     UsageError,
     to_fields,
 )
+from holdfast.keeper import asking, control
 from holdfast.keeper.connection import Connection
 from holdfast.keeper.describe import (
     Bells,
     close_bells,
-    control_memory,
     describe_bells,
     describe_lease,
     describe_slab,
 )
-from holdfast.keeper.lease import Lease
+from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
+from holdfast.kernel import disposal
 from holdfast.uapi import pci_regs
 from holdfast.values import CONFIG_REGION, Access, IrqIndex
 from holdfast.wire import lease as wire
@@ -45,21 +46,33 @@ from holdfast.wire import lease as wire
 if TYPE_CHECKING:
     from holdfast.keeper.server import Keeper
 
+H = TypeVar("H", HeldSlab, HeldPin)
+
 COMMAND_DEADLINE = 5.0
 """Seconds that a driver command may take."""
+
+
+_WITHOUT_LEASE = wire.Open | wire.Ps | wire.Retry | wire.Close
+"""What may be asked before a lease is opened."""
 
 
 class Session:
     """Serves one connection until it hangs up. Loop only."""
 
-    def __init__(self, keeper: Keeper, lease: Lease, connection: Connection) -> None:
+    def __init__(
+        self, keeper: Keeper, lease: Lease, connection: Connection, *, adopted: bool = False
+    ) -> None:
         self.keeper = keeper
         self.host = keeper.host
         self.desk = keeper.desk
         self.lease = lease
         self.connection = connection
         self.closed_orderly = False
-        self._opened = False
+        self._opened = adopted
+        self._adopted = adopted
+        self._first = adopted
+        """What comes now may have been carried out by a predecessor."""
+        self._last_seq = 0
         self._handlers: dict[type[wire.Message], Callable[[Any, list[int]], Awaitable[None]]] = {
             wire.Open: self._open,
             wire.TakeSlab: self._take_slab,
@@ -74,6 +87,7 @@ class Session:
             wire.Regrant: self._regrant,
             wire.Reset: self._reset,
             wire.Ps: self._ps,
+            wire.Retry: self._retry,
             wire.Close: self._close,
         }
 
@@ -89,27 +103,32 @@ class Session:
                         continue
                     await self._answer(wire.decode_request(packet), fds)
             finally:
-                for fd in fds:
-                    os.close(fd)
+                disposal.discard(fds)
 
     async def _answer(self, request: wire.Request, fds: list[int]) -> None:
         handler = self._handlers.get(type(request))
         if handler is None:
             raise ProtocolError(f"{type(request).__name__} is out of place", operation="serve")
+        if self._adopted and request.seq:
+            if request.seq == self._last_seq:
+                return  # asked again before it could see the answer
+            self._last_seq = request.seq
         try:
-            if not self._opened and not isinstance(request, wire.Open | wire.Ps | wire.Close):
+            if not self._opened and not isinstance(request, _WITHOUT_LEASE):
                 raise UsageError("open a lease first", operation=type(request).__name__)
             await handler(request, fds)
+            self._first = self._first and not request.seq
         except ProtocolError:
             raise
         except HoldfastError as error:
+            self._first = False
             self.connection.send(wire.Failed(seq=request.seq, error=to_fields(error)))
         except Exception as error:  # noqa: BLE001 - a driver's fault must not look like a hang-up
             told = DeviceError(
                 f"{type(error).__name__}: {error}",
                 operation=type(request).__name__,
                 target=str(self.host.target),
-                hint=f"this is a fault in driver {self.host.driver.name} or in the keeper",
+                hint=f"this is a fault in driver {self.host.facts.name} or in the keeper",
             )
             self.connection.send(wire.Failed(seq=request.seq, error=to_fields(told)))
 
@@ -120,13 +139,22 @@ class Session:
     # -- opening ------------------------------------------------------------
 
     async def _open(self, request: wire.Open, _: list[int]) -> None:
-        lease, host, driver = self.lease, self.host, self.host.driver
+        lease, host = self.lease, self.host
+        if self._opened and self._first:
+            await self._open_again(request)
+            return
         if self._opened:
             raise UsageError("this connection has its lease already", operation="open")
         self.keeper.require_room()  # first, because the reason may last
         if not host.usable.is_set():
-            raise Busy("the function is being quieted", operation="open", target=str(host.target))
-        default = Access.SHARED if driver.channels() else Access.EXCLUSIVE
+            hangs = ", and its driver hangs" if host.driver_lane.stuck else ""
+            raise Busy(
+                f"the function is being quieted{hangs}",
+                operation="open",
+                target=str(host.target),
+                hint="wait (timeout=...), see holdfast ps",
+            )
+        default = Access.SHARED if host.facts.channels else Access.EXCLUSIVE
         if request.access is None and request.channels is None:
             default = Access.MEDIATED if self.keeper.mediation.preferred(lease) else default
         lease.access = request.access or default
@@ -136,16 +164,27 @@ class Session:
         # From here on the lease exists: if anything below fails, it ends like any other.
         self._opened = True
         lease.note("opened")
-        async with host.starting:
+        steps.reach("keeper.admitted")
+        await self._start_channels(request.seq)
+
+    async def _open_again(self, request: wire.Open) -> None:
+        """A predecessor had admitted the lease, and was killed before it could say so."""
+        await self._wait_usable()
+        await self._start_channels(request.seq)
+
+    async def _start_channels(self, seq: int) -> None:
+        """Make the lease's channels ready, and answer with the whole of the lease."""
+        async with self.host.starting:
             try:
                 bells = await self._grant()
             except HoldfastError as error:
                 # Say why, then hang up: the client must not take this for a keeper that died.
-                self.connection.send(wire.Failed(seq=request.seq, error=to_fields(error)))
+                self.connection.send(wire.Failed(seq=seq, error=to_fields(error)))
                 self.connection.close()
                 return
+            steps.reach("keeper.granted")
             try:
-                self._send_opened(request.seq, bells)
+                self._send_opened(seq, bells)
             finally:
                 close_bells(bells)
 
@@ -163,6 +202,7 @@ class Session:
             lease.channels = host.claim(lease.access, request.channels)
             lease.claimed = lease.access is Access.EXCLUSIVE or bool(lease.channels)
         try:
+            await host.call(self.keeper.anchor_client, lease, self)
             self.keeper.admit(lease, self)
         except BaseException:
             if lease.mediated is not None:
@@ -173,31 +213,41 @@ class Session:
 
     async def _grant(self) -> Bells:
         """Make the lease's channels ready: idle, with rings of their own and fresh doorbells."""
-        lease, host, driver = self.lease, self.host, self.host.driver
+        lease, host = self.lease, self.host
         if not lease.claimed:
             return []
+        host.require_driver("start channels")
         await host.drive(COMMAND_DEADLINE, self._require_idle)
-        need = driver.control_bytes * max(1, len(lease.channels))
+        need = host.facts.control_bytes * max(1, len(lease.channels))
         if need and lease.control is None:
             await self.desk.take_slab(lease, need, control=True)
-        with ExitStack() as stack:
-            control = control_memory(lease, stack)
-            lease.grant = await host.drive(
-                COMMAND_DEADLINE, lambda: driver.grant(lease.channels, control)
-            )
+        lease.grant = await host.drive(COMMAND_DEADLINE, self._granted)
+        lease.granted = True
+        self.keeper.journal.lease(lease.record())
         return await host.call(host.bells_for, lease.grant.bells)
 
+    def _granted(self) -> Grant:
+        slab, driver = self.lease.control, self.host.driver
+        if slab is None:
+            return driver.grant(self.lease.channels, None)
+        sizes = [size for _, size in slab.memory.extents]
+        sg = SgList.of(zip(slab.iovas, sizes, strict=True))
+        with control.writable(slab.memory, sg) as memory:
+            grant = driver.grant(self.lease.channels, memory)
+            memory.flush()
+        return grant
+
     def _require_idle(self) -> None:
-        driver, channels = self.host.driver, self.lease.channels
-        if type(driver).in_flight is Driver.in_flight:
+        if not self.host.facts.tells:
             return  # a function of which nothing is known: nothing to ask
-        if not driver.stop(channels) and driver.in_flight(channels):
+        if not self.host.rests(self.lease.channels):
             raise Busy("the engine is not at rest", operation="open", target=str(self.host.target))
 
     def _send_opened(self, seq: int, bells: Bells) -> None:
         fds: list[int] = []
         opened = describe_lease(self.lease, self.host, bells, fds)
         quota = self.keeper.settings.quota
+        self.keeper.journal.lease(self.lease.record())  # it may have got registers to map
         self.connection.send(msgspec.structs.replace(opened, seq=seq, quota=quota), fds)
 
     async def _regrant(self, request: wire.Regrant, _: list[int]) -> None:
@@ -237,6 +287,9 @@ class Session:
             await self._let_finish()
         await self.desk.unpin_all(self.lease)
         self.closed_orderly = True
+        if self._opened:
+            self.lease.goodbye = True
+            self.keeper.journal.lease(self.lease.record())
         self.connection.send(wire.Done(seq=request.seq))
 
     async def _let_finish(self) -> None:
@@ -248,25 +301,43 @@ class Session:
         pause = 0.0003
         with contextlib.suppress(HoldfastError, TimeoutError):
             async with asyncio.timeout(COMMAND_DEADLINE):
-                while await self.host.drive(COMMAND_DEADLINE, lambda: driver.in_flight(channels)):
+                while await self.host.drive(
+                    COMMAND_DEADLINE, lambda: asking.in_flight(driver, channels)
+                ):
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 0.002)
 
     # -- memory ------------------------------------------------------------
 
     async def _take_slab(self, request: wire.TakeSlab, _: list[int]) -> None:
-        slab = await self.desk.take_slab(self.lease, request.nbytes)
+        slab = self._answered(self.lease.slabs, request.seq)
+        if slab is None:
+            self.keeper.require_room("alloc")
+            slab = await self.desk.take_slab(self.lease, request.nbytes, seq=request.seq)
         if self.lease.mediated is not None:
             await self.lease.mediated.refresh()
         fds: list[int] = []
         info = describe_slab(slab, fds)
         self.connection.send(wire.SlabTaken(seq=request.seq, info=info), fds)
 
+    def _answered(self, held: dict[int, H], seq: int) -> H | None:
+        """What a predecessor had ready for this very request, and could not tell."""
+        if self._first:
+            for one in held.values():
+                if one.seq == seq:
+                    return one
+        return None
+
     async def _give_slab(self, request: wire.GiveSlab, _: list[int]) -> None:
+        if self._first and request.slab not in self.lease.slabs:
+            self.connection.send(wire.Done(seq=request.seq))  # a predecessor had taken it back
+            return
         driver, channels = self.host.driver, self.lease.channels
         busy = 0
         if self.lease.claimed:
-            busy = await self.host.drive(COMMAND_DEADLINE, lambda: driver.in_flight(channels))
+            busy = await self.host.drive(
+                COMMAND_DEADLINE, lambda: asking.in_flight(driver, channels)
+            )
         if busy:
             raise Busy(
                 "transfers of this lease are in flight",
@@ -282,17 +353,20 @@ class Session:
     async def _pin(self, request: wire.Pin, fds: list[int]) -> None:
         self._require_direct("pin", "copy through a buffer: the client half of the lease does")
         if fds:
-            self.desk.accept_own_memory(self.lease, fds.pop(0))
+            await self.desk.accept_own_memory(self.lease, fds.pop(0))
         address, nbytes = request.address, request.nbytes
         context = self.host.backend.dma_context()
+        known = self._answered(self.lease.pins, request.seq)
         if context is None:
-            pin = await self.desk.pin(self.lease, address, nbytes, writable=request.writable)
+            pin = known or await self.desk.pin(
+                self.lease, address, nbytes, writable=request.writable, seq=request.seq
+            )
             self.connection.send(wire.Pinned(seq=request.seq, pin=pin.number, iova=int(pin.iova)))
             return
         if not self.lease.claimed:
             raise NotSupported("a lease of memory only cannot pin in place", operation="pin",
                                target=str(self.host.target))  # fmt: skip
-        pin = await self.desk.reserve_pin(self.lease, address, nbytes)
+        pin = known or await self.desk.reserve_pin(self.lease, address, nbytes, seq=request.seq)
         here = wire.PinHere(
             seq=request.seq,
             pin=pin.number,
@@ -310,7 +384,8 @@ class Session:
             raise ProtocolError(error.what, operation="pin") from error
 
     async def _unpin(self, request: wire.Unpin, _: list[int]) -> None:
-        await self.desk.unpin(self.lease, request.pin)
+        if not self._first or request.pin in self.lease.pins:
+            await self.desk.unpin(self.lease, request.pin)
         self.connection.send(wire.Done(seq=request.seq))
 
     def _require_direct(self, operation: str, hint: str) -> None:
@@ -369,17 +444,19 @@ class Session:
 
     async def _command(self, request: wire.Command, _: list[int]) -> None:
         self._require_direct("command", "commands act on channels of one's own")
-        found = self.host.driver.commands().get(request.name)
-        if found is None:
-            raise NotSupported(
-                f"driver {self.host.driver.name} has no command {request.name!r}",
-                operation="command",
-                target=str(self.host.target),
-                hint=f"it has: {', '.join(sorted(self.host.driver.commands())) or 'none'}",
-            )
+        self.host.require_driver("command")
         channels = self.lease.channels
 
         def carry_out() -> object:
+            commands = self.host.driver.commands()
+            found = commands.get(request.name)
+            if found is None:
+                raise NotSupported(
+                    f"driver {self.host.facts.name} has no command {request.name!r}",
+                    operation="command",
+                    target=str(self.host.target),
+                    hint=f"it has: {', '.join(sorted(commands)) or 'none'}",
+                )
             try:
                 return found(channels, **request.args)
             except (TypeError, ValueError) as error:
@@ -399,14 +476,22 @@ class Session:
                 raise Busy(
                     "a dead lease is being quieted", operation="reset", target=str(host.target)
                 )
-            await host.call(host.backend.reset)
+            host.require_driver("reset")
+            host.disturbed += 1
+            await host.call(host.reset)
             try:
-                await host.drive(COMMAND_DEADLINE, lambda: host.reconnect(probe=True))
+                await host.drive(COMMAND_DEADLINE, host.reconnect)
             finally:
                 # Told after the fact: who starts its channels anew upon this must not lose them.
                 self.keeper.announce("reset", "another lease reset the function", but=self.lease)
         self.connection.send(wire.Done(seq=request.seq))
 
     async def _ps(self, request: wire.Ps, _: list[int]) -> None:
-        told = self.keeper.ps(request.after)
+        await self.host.call(self.keeper.link.refresh)
+        told = self.keeper.ps(request.after, self.lease.peer, request.run)
+        told["you"] = int(self.lease.number)
+        self.connection.send(wire.Result(seq=request.seq, value=told))
+
+    async def _retry(self, request: wire.Retry, _: list[int]) -> None:
+        told = await self.keeper.retry(request.lease, self.lease.peer.uid, force=request.force)
         self.connection.send(wire.Result(seq=request.seq, value=told))

@@ -127,6 +127,13 @@ TABLE: tuple[Row, ...] = (
     _row(State.UNMAPPED, Event.FREED, State.RELEASED),
     _row(State.QUARANTINE, Event.IDLE, State.QUIET, Fact.IDLE_CONFIRMED),
     _row(State.QUARANTINE, Event.RESET_DONE, State.QUIET, Fact.RESET_TRUSTED),
+    _row(
+        State.QUARANTINE,
+        Event.UNREACHABLE,
+        State.UNMAPPED,
+        Fact.STRICTLY_UNMAPPED,
+        Fact.IOVAS_RETIRED,
+    ),
 )
 """Every edge a lease can take. The diagram in ``docs/death-protocol.md`` is drawn from it."""
 
@@ -183,6 +190,7 @@ class Machine:
     policy: Policy
     state: State = State.ALIVE
     facts: set[Fact] = field(default_factory=set)
+    last: Event | None = None
     gate: Gate | None = None
 
     def observe(self, *facts: Fact) -> None:
@@ -200,6 +208,10 @@ class Machine:
         if row.target is State.RELEASED and self.withheld():
             raise IllegalStep(f"release gate closed: {self.withheld()}")
         self.state = row.target
+        self.last = event
+        if self.state is State.QUARANTINE:
+            # What led here contradicts what was seen of the engine before: it must be seen anew.
+            self.facts -= QUIET_PROOFS
         return self.state
 
     def withheld(self) -> tuple[Fact, ...]:

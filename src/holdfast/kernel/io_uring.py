@@ -25,8 +25,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from holdfast.errors import (
     BadBuffer,
@@ -64,16 +66,68 @@ class PinTable:
         """
         if not 0 < slots <= u.MAX_REG_BUFFERS:
             raise UsageError(f"{slots} slots", operation="make pin table", target=_TARGET)
-        self._lock = threading.Lock()
-        self._free = list(range(slots - 1, -1, -1))
-        self._held: dict[int, int] = {}
-        self._fd = _setup()
+        self._start(slots, _setup())
         table = bytearray(u.RSRC_REGISTER.pack(slots, u.RSRC_REGISTER_SPARSE, 0, 0, 0))
         try:
             libc.io_uring_register(self._fd, u.REGISTER_BUFFERS2, table, len(table))
         except OSError as error:
             os.close(self._fd)
             raise _no_table(error) from error
+
+    def _start(self, slots: int, fd: int) -> None:
+        self._lock = threading.Lock()
+        # The slot that was emptied longest ago comes first: a number that a successor finds in
+        # notes about a slab that was just given back must not be another slab's by then.
+        self._free: dict[int, None] = dict.fromkeys(range(slots))
+        self._held: dict[int, int] = {}
+        self._users: Counter[int] = Counter()
+        self._slots = slots
+        self._fd = fd
+
+    @classmethod
+    def resume(cls, fd: int, slots: int) -> Self:
+        """Go on with the ring of a process that is dead: its pins are still there.
+
+        Takes ownership of ``fd``. The kernel does not tell which slots are full: :meth:`claim` says
+        so, :meth:`sweep` empties the others. Until then a full one may be used for a new pin, and
+        drops the old one.
+        """
+        self = cls.__new__(cls)
+        self._start(slots, fd)
+        return self
+
+    @property
+    def fd(self) -> int:
+        """The ring, for a successor. It stays owned here."""
+        return self._fd
+
+    def claim(self, pins: Sequence[tuple[int, int]]) -> None:
+        """Slots that a predecessor filled, with their bytes: held from now on.
+
+        A slot has to be unpinned as often as it was claimed. UsageError, with nothing claimed, for
+        a slot that was filled here or is not there.
+        """
+        with self._lock:
+            for slot, _ in pins:
+                if slot not in self._free and slot not in self._users:
+                    raise UsageError(f"slot {slot}", operation="claim pin", target=_TARGET)
+            for slot, nbytes in pins:
+                self._free.pop(slot, None)
+                self._users[slot] += 1
+                self._held[slot] = nbytes
+
+    def sweep(self) -> None:
+        """Empty every slot that is not held here: pins of a predecessor that nobody claimed."""
+        with self._lock:
+            self._require_open("sweep")
+            first = 0
+            for end in [*sorted(self._held), self._slots]:
+                try:
+                    if first < end:
+                        self._empty(first, end - first)
+                except OSError as error:
+                    raise failure(error, "sweep pins", _TARGET) from error
+                first = end + 1
 
     @property
     def pinned_bytes(self) -> int:
@@ -102,12 +156,12 @@ class PinTable:
                     target=_TARGET,
                     hint="free buffers; memory of dead leases returns once the function is quiet",
                 )
-            slot = self._free[-1]
+            slot = next(iter(self._free))
             try:
                 self._update(slot, address, nbytes)
             except OSError as error:
                 raise _no_pin(error, address, nbytes) from error
-            self._free.pop()
+            del self._free[slot]
             self._held[slot] = nbytes
         return slot
 
@@ -120,12 +174,15 @@ class PinTable:
             self._require_open("unpin")
             if slot not in self._held:
                 raise UsageError(f"slot {slot} is empty", operation="unpin", target=_TARGET)
+            if self._users[slot] > 1:
+                self._users[slot] -= 1
+                return
             try:
-                self._update(slot, 0, 0)
+                self._empty(slot, 1)
             except OSError as error:
                 raise failure(error, "unpin", _TARGET) from error
-            del self._held[slot]
-            self._free.append(slot)
+            del self._held[slot], self._users[slot]
+            self._free[slot] = None
 
     def close(self) -> None:
         """Drop every pin, and the ring. Idempotent."""
@@ -136,20 +193,28 @@ class PinTable:
                 # Closing alone would drop them too, but only some time after it has returned.
                 libc.io_uring_register(self._fd, u.UNREGISTER_BUFFERS, None, 0)
             except OSError as error:
-                raise failure(error, "drop all pins", _TARGET) from error
+                if error.errno != errno.ENXIO:  # another process that has the ring was here first
+                    raise failure(error, "drop all pins", _TARGET) from error
             finally:
                 os.close(self._fd)
                 self._fd = -1
                 self._held.clear()
 
     def _update(self, slot: int, address: int, nbytes: int) -> None:
-        """Put one buffer into one slot, or nothing if both are 0."""
-        place = bytearray(u.IOVEC.pack(address, nbytes))
-        request = bytearray(u.RSRC_UPDATE2.pack(slot, 0, libc.address_of(place), 0, 1, 0))
+        """Put one buffer into one slot."""
+        self._put(slot, bytearray(u.IOVEC.pack(address, nbytes)))
+
+    def _empty(self, first: int, count: int) -> None:
+        self._put(first, bytearray(u.IOVEC.size * count))
+
+    def _put(self, first: int, places: bytearray) -> None:
+        """Put buffers into consecutive slots."""
+        count = len(places) // u.IOVEC.size
+        request = bytearray(u.RSRC_UPDATE2.pack(first, 0, libc.address_of(places), 0, count, 0))
         done = libc.io_uring_register(self._fd, u.REGISTER_BUFFERS_UPDATE, request, len(request))
-        if done != 1:
+        if done != count:
             raise SystemFailure(
-                f"{done} of 1 slots were updated", operation="update pins", target=_TARGET
+                f"{done} of {count} slots were updated", operation="update pins", target=_TARGET
             )
 
     def _require_open(self, operation: str) -> None:

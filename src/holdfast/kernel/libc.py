@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from typing import Final
 
 from holdfast.uapi import io_uring
@@ -31,6 +32,9 @@ MREMAP_FIXED: Final = 2
 """linux/mman.h"""
 MADV_DONTFORK: Final = 10
 """asm-generic/mman-common.h; the MAP_ values are those of x86-64 and arm64."""
+
+PR_SET_CHILD_SUBREAPER: Final = 36
+"""linux/prctl.h"""
 
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -65,6 +69,10 @@ _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, _c_off_t, _c_off_t)
 
 
+_prctl = _libc.prctl
+_prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
+
+
 class _Statfs(ctypes.Structure):
     """``struct statfs`` (asm-generic/statfs.h, 64-bit). Only the type is read."""
 
@@ -75,6 +83,41 @@ assert ctypes.sizeof(_Statfs) == 120
 
 _fstatfs = _libc.fstatfs
 _fstatfs.argtypes = (ctypes.c_int, ctypes.POINTER(_Statfs))
+
+_SYS_PIDFD_GETFD: Final = 438
+"""arch/x86/entry/syscalls/syscall_64.tbl"""
+_AT_EMPTY_PATH: Final = 0x1000
+_AT_STATX_DONT_SYNC: Final = 0x4000
+_STATX_INO: Final = 0x100
+"""linux/fcntl.h, linux/stat.h. In ``struct statx`` (256 bytes), stx_ino is at 32 and stx_dev_major
+at 136."""
+
+_statx = _libc.statx
+_statx.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_char_p,
+)
+
+_getsockopt = _libc.getsockopt
+_getsockopt.argtypes = (
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+)
+
+_prctl = _libc.prctl
+_prctl.argtypes = (
+    ctypes.c_int,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+)
 
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
@@ -120,12 +163,49 @@ def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
         _raise("fallocate")
 
 
+def set_child_subreaper() -> None:
+    """prctl(2): orphaned descendants become children of this process."""
+    if _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        _raise("prctl")
+
+
 def filesystem_magic(fd: int) -> int:
     """The magic number of the file system ``fd`` lies on (fstatfs(2), linux/magic.h)."""
     found = _Statfs()
     if _fstatfs(fd, ctypes.byref(found)):
         _raise("fstatfs")
     return int(found.f_type)
+
+
+def getsockopt(fd: int, level: int, option: int, size: int) -> bytes:
+    """getsockopt(2) with room for ``size`` bytes; what the kernel put there."""
+    room = ctypes.create_string_buffer(size)
+    length = ctypes.c_uint(size)
+    if _getsockopt(fd, level, option, room, ctypes.byref(length)):
+        _raise("getsockopt")
+    return room.raw[: length.value]
+
+
+def prctl(option: int, value: int = 0) -> int:
+    """prctl(2) with one argument."""
+    found: int = _prctl(option, value, 0, 0, 0)
+    if found < 0:
+        _raise("prctl")
+    return found
+
+
+def identity(fd: int) -> tuple[int, int]:
+    """Device and inode of an open file, without asking whoever serves its file system.
+
+    fstat(2) waits for the daemon of a FUSE file system, and for the server of a network one; statx
+    with ``AT_STATX_DONT_SYNC`` takes what the kernel has (statx(2), fs/fuse/dir.c).
+    """
+    found = ctypes.create_string_buffer(256)
+    if _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_INO, found):
+        _raise("statx")
+    (inode,) = struct.unpack_from("=Q", found, 32)
+    major, minor = struct.unpack_from("=II", found, 136)
+    return os.makedev(major, minor), inode
 
 
 def address_of(buffer: bytearray) -> int:
@@ -156,4 +236,17 @@ def io_uring_register(fd: int, operation: int, argument: bytearray | None, count
     )
     if found < 0:
         _raise("io_uring_register")
+    return found
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """pidfd_getfd(2). A copy of another process's descriptor, close-on-exec; the caller owns it."""
+    found: int = _syscall(
+        ctypes.c_long(_SYS_PIDFD_GETFD),
+        ctypes.c_int(pidfd),
+        ctypes.c_int(number),
+        ctypes.c_uint(0),
+    )
+    if found < 0:
+        _raise("pidfd_getfd")
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RLIMIT_MEMLOCK, looked at before the kernel says no.
+"""RLIMIT_MEMLOCK and RLIMIT_NOFILE, looked at before the kernel says no.
 
 Facts. Long-term pins count against RLIMIT_MEMLOCK unless the process has CAP_IPC_LOCK *in the
 initial user namespace* (``capable()``). VFIO type1 charges the address space, in the same counter
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from holdfast.errors import OutOfMemory
+from holdfast.errors import OutOfMemory, ResourceError
 from holdfast.kernel.failure import failure
 
 CAP_IPC_LOCK: Final = 14
@@ -130,6 +130,45 @@ def require_lockable(nbytes: int, charge: Charge, *, operation: str, target: str
         errno=errno.ENOMEM,
         hint=_raise_it(limit, limit.soft + missing),
     )
+
+
+def raise_descriptors() -> int:
+    """Let this process have as many descriptors as its hard limit allows; returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def descriptors_left() -> int:
+    """How many descriptors this process can still open, at most.
+
+    A new descriptor has the lowest free number (open(2)), so its number says how many are in use at
+    least; counting them in /proc would take milliseconds where there are thousands.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        fd = os.dup(0)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return 0
+        fd = os.eventfd(0, os.EFD_CLOEXEC)  # there is no descriptor 0
+    os.close(fd)
+    return soft - fd
+
+
+def require_descriptors(reserve: int, *, operation: str, target: str = "") -> None:
+    """Raise ResourceError unless more than ``reserve`` descriptors can still be opened."""
+    left = descriptors_left()
+    if left <= reserve:
+        raise ResourceError(
+            f"only {left} more files can be opened, and {reserve} are kept for what must not fail",
+            operation=operation,
+            target=target,
+            errno=errno.EMFILE,
+            hint="free buffers or close leases; raise the hard limit of open files (ulimit -H -n,"
+            " LimitNOFILE= of the systemd unit)",
+        )
 
 
 def _raise_it(limit: Memlock, wanted: int) -> str:

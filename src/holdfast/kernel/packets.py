@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from holdfast.errors import Busy, ProtocolError, SystemFailure, UsageError
+from holdfast.kernel import disposal
 from holdfast.kernel.failure import failure
 
 SCM_MAX_FD: Final = 253
@@ -54,8 +55,9 @@ def receive(sock: socket.socket, max_bytes: int, max_fds: int) -> tuple[bytes, l
     Empty bytes mean that the peer hung up. A packet longer than ``max_bytes`` or with more than
     ``max_fds`` descriptors is a ProtocolError; every descriptor that came with it is closed.
     """
-    # CMSG_LEN instead of CMSG_SPACE: the padding would have room for one descriptor too many.
-    room = socket.CMSG_LEN(max_fds * 4) if max_fds else 0
+    # Room for all there can be: what does not fit is closed by the kernel, in this thread, however
+    # long that takes (see ``disposal``).
+    room = socket.CMSG_LEN(SCM_MAX_FD * 4)
     data, ancillary, flags, _ = sock.recvmsg(max_bytes, room, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, payload in ancillary:
@@ -64,13 +66,12 @@ def receive(sock: socket.socket, max_bytes: int, max_fds: int) -> tuple[bytes, l
     problem = ""
     if flags & socket.MSG_TRUNC:
         problem = f"the packet has more than {max_bytes} bytes"
-    elif flags & socket.MSG_CTRUNC:
+    elif flags & socket.MSG_CTRUNC or len(fds) > max_fds:
         problem = f"the packet has more than {max_fds} descriptors"
     elif fds and not data:
         problem = "the packet has descriptors and no data"
     if problem:
-        for fd in fds:
-            os.close(fd)
+        disposal.discard(fds)
         raise ProtocolError(problem, operation="receive packet")
     return data, fds.tolist()
 
@@ -79,8 +80,11 @@ def listen(
     path: str | os.PathLike[str],
     backlog: int,
     kind: socket.SocketKind = socket.SOCK_SEQPACKET,
+    mode: int = 0o600,
 ) -> socket.socket:
-    """A listening socket at ``path``, for this user only (mode 0600). The caller owns it.
+    """A listening socket at ``path``, by default for this user only. The caller owns it.
+
+    Who may write to the socket's file may connect (unix(7)).
 
     A socket file that a dead server left is replaced: only after a connect there was refused, and
     under a lock on the directory, so that two servers that start at once cannot remove each
@@ -91,10 +95,12 @@ def listen(
     try:
         # The mode of the socket is that of the file bind(2) makes (net/unix/af_unix.c,
         # unix_bind_bsd): no moment in which others could connect, and no umask changed.
-        os.fchmod(sock.fileno(), 0o600)
+        os.fchmod(sock.fileno(), mode)
         with _locked(Path(name).parent):
             _remove_stale(name, kind)
             sock.bind(name)
+            if mode & ~0o700:
+                os.chmod(name, mode)  # bind(2) took away what the umask says
             sock.listen(backlog)
     except OSError as error:
         sock.close()

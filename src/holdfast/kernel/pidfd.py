@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import struct
 from contextlib import ExitStack
@@ -25,10 +26,16 @@ from pathlib import Path
 from typing import Final
 
 from holdfast.errors import NoPermission, ProtocolError
+from holdfast.kernel import disposal, libc
 from holdfast.kernel.failure import failure
 
 SO_PEERPIDFD: Final = 77
 """asm-generic/socket.h"""
+
+SO_PEERGROUPS: Final = 59
+"""asm-generic/socket.h"""
+_MOST_GROUPS: Final = 65536
+"""NGROUPS_MAX (linux/limits.h)"""
 
 _UCRED: Final = struct.Struct("=iII")
 """``struct ucred``: pid, uid, gid (unix(7))."""
@@ -39,13 +46,15 @@ assert _UCRED.size == 12
 class Peer:
     """A process at the other end of a socket. The holder owns ``pidfd``.
 
-    ``uid`` and ``gid`` are the effective ones at the time of connect(2).
+    ``uid`` and ``gid`` are the effective ones at the time of connect(2), ``groups`` the
+    supplementary ones.
     """
 
     pidfd: int
     pid: int
     uid: int
     gid: int
+    groups: tuple[int, ...] = ()
 
 
 def open_self() -> int:
@@ -54,6 +63,18 @@ def open_self() -> int:
         return os.pidfd_open(os.getpid())
     except OSError as error:
         raise failure(error, "pidfd_open") from error
+
+
+def open_process(pid: int) -> int:
+    """A pidfd of a process that cannot be reaped meanwhile, close-on-exec. The caller owns it.
+
+    That is a child of this process which nobody waits for, or one that is known to run until its
+    parent is told. SystemFailure (ESRCH) if it was reaped.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise failure(error, "pidfd_open", f"process {pid}") from error
 
 
 def peer_pidfd(sock: socket.socket) -> int | None:
@@ -69,6 +90,23 @@ def peer_pidfd(sock: socket.socket) -> int | None:
         raise
     os.set_inheritable(fd, False)
     return fd
+
+
+def peer_user(sock: socket.socket) -> int:
+    """Effective user id of the process that connected ``sock``, at that time (``SO_PEERCRED``)."""
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    except OSError as error:
+        raise failure(error, "identify peer") from error
+    _, uid, _ = _UCRED.unpack(raw)
+    return int(uid)
+
+
+def peer_groups(sock: socket.socket) -> tuple[int, ...]:
+    """Supplementary groups of the process that connected ``sock`` (``SO_PEERGROUPS``)."""
+    # Not by Python's getsockopt, which stops at 1024 bytes: a user can be in 65536 groups.
+    raw = libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, 4 * _MOST_GROUPS)
+    return struct.unpack(f"={len(raw) // 4}I", raw)
 
 
 def pid_of(pidfd: int) -> int:
@@ -88,10 +126,32 @@ def pid_of(pidfd: int) -> int:
 
 
 def is_dead(pidfd: int) -> bool:
-    """True once the process has exited (it may still be a zombie). Never blocks."""
+    """True once the process has ended with all its threads (it may be a zombie). Never blocks.
+
+    Anybody's process, not only a child. A pidfd becomes readable when the last thread has passed
+    ``exit_notify``, which comes behind ``exit_mm`` and ``exit_files`` (kernel/exit.c ``do_exit``,
+    fs/pidfs.c ``pidfd_poll``): by then it has no memory and no descriptors, so it can neither write
+    to what it had mapped nor keep anybody's file open.
+    """
+    return await_death(pidfd, 0)
+
+
+def await_death(pidfd: int, timeout: float | None = None) -> bool:
+    """Wait until the process has ended, at most ``timeout`` seconds; whether it has."""
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))
+    return bool(poller.poll(None if timeout is None else int(timeout * 1000 + 0.999)))
+
+
+def kill(pidfd: int, number: int = signal.SIGKILL) -> bool:
+    """Send a signal to this very process; False if it was reaped already."""
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return False
+    except OSError as error:
+        raise failure(error, "kill", f"descriptor {pidfd}") from error
+    return True
 
 
 def identify(sock: socket.socket, offered: int | None) -> Peer:
@@ -103,10 +163,11 @@ def identify(sock: socket.socket, offered: int | None) -> Peer:
     """
     with ExitStack() as stack:
         if offered is not None:
-            stack.callback(os.close, offered)
+            stack.callback(disposal.discard, [offered])
         try:
             raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             pid, uid, gid = _UCRED.unpack(raw)
+            groups = peer_groups(sock)
             own = peer_pidfd(sock)
         except OSError as error:
             if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENODATA):
@@ -119,7 +180,7 @@ def identify(sock: socket.socket, offered: int | None) -> Peer:
             chosen = own
         else:
             chosen = _confirm(offered, pid)
-        return Peer(_keep(chosen), pid, uid, gid)
+        return Peer(_keep(chosen), pid, uid, gid, groups)
 
 
 def _confirm(offered: int | None, pid: int) -> int:

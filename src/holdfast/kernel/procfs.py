@@ -12,14 +12,10 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
-from holdfast.errors import SystemFailure
+from holdfast.errors import BadBuffer, SystemFailure
 from holdfast.kernel import libc
 from holdfast.kernel.failure import failure
-
-PROC_SUPER_MAGIC: Final = 0x9FA0
-"""linux/magic.h"""
 
 _GONE = (FileNotFoundError, ProcessLookupError)
 
@@ -109,22 +105,56 @@ def open_own_memory() -> int:
         raise failure(error, "open", "/proc/self/mem") from error
 
 
+def copy_to_own(address: int, data: bytes | bytearray | memoryview) -> None:
+    """Write into this process's own memory without a SIGBUS where pages cannot be had.
+
+    For mappings of files that others can truncate: the kernel does the access, and answers with an
+    error what would be a signal (fs/proc/base.c ``mem_rw``). Raises BadBuffer; some bytes may have
+    been written then.
+    """
+    fd = open_own_memory()
+    try:
+        written = os.pwrite(fd, data, address)
+        if written == len(data):
+            return
+        problem = f"{written} of {len(data)} bytes could be written"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    finally:
+        os.close(fd)
+    raise BadBuffer(
+        problem,
+        operation="write shared memory",
+        target=f"{len(data)} bytes at {address:#x}",
+        hint="whoever shares the file has taken its pages away",
+    )
+
+
 def is_memory_of(fd: int, pid: int) -> bool:
     """Whether a received descriptor really is /proc/PID/mem of that very process.
 
-    Checked three ways: procfs by its magic, the name, and the identity of the file. The open file
-    keeps its directory entry, so a path that leads to the same inode is the same process and the
-    same pid namespace; a procfs mounted elsewhere, a renamed file or a reused pid is not.
+    The very file that ``/proc/PID/mem`` is here, by device and inode: the open file keeps its
+    directory entry, so this is the same process and the same pid namespace; a procfs mounted
+    elsewhere, a look-alike or a reused pid is not. Asks nobody but the kernel: the descriptor may
+    lie on a file system whose daemon never answers.
     """
-    path = f"/proc/{pid}/mem"
     try:
-        return (
-            libc.filesystem_magic(fd) == PROC_SUPER_MAGIC
-            and os.readlink(f"/proc/self/fd/{fd}") == path
-            and os.path.samestat(os.fstat(fd), os.stat(path))
-        )
+        there = os.stat(f"/proc/{pid}/mem")
+        return libc.identity(fd) == (there.st_dev, there.st_ino)
     except OSError:
         return False
+
+
+def command_of(pid: int) -> str:
+    """The name of a process (comm, proc_pid_comm(5)): at most 15 characters; "" if it is gone.
+
+    Processes choose it themselves: for showing only, so what cannot be printed is replaced.
+    """
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "".join(c if c.isprintable() else "?" for c in name.removesuffix("\n"))
 
 
 def start_time(pid: int) -> int:
@@ -138,6 +168,21 @@ def start_time(pid: int) -> int:
     except OSError as error:
         raise failure(error, "read start time", f"process {pid}") from error
     return int(text.rpartition(")")[2].split()[19])
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below ``pid``, parents before their children. A snapshot: proc(5), stat."""
+    below: dict[int, list[int]] = {}
+    for other in _pids():
+        try:
+            text = Path(f"/proc/{other}/stat").read_text()
+        except OSError:
+            continue  # it has ended meanwhile
+        below.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(other)
+    found = [pid]
+    for parent in found:
+        found += below.get(parent, [])
+    return found[1:]
 
 
 def mapped_shared() -> int:

@@ -17,11 +17,16 @@ after ``poll`` has promised room: an ``AF_UNIX`` socket is writable while at mos
 send buffer is used (net/unix/af_unix.c, unix_writable), and three quarters of the buffer asked for
 here hold the largest message of the protocols that use this class.
 
-Cost. One system call more for each message. A peer that feeds a message in many small writes can
-fill its send buffer before the message is complete; then neither side would move. So a message
-that stops growing for :data:`STALL` seconds is read in pieces after all, and for this one message
-the promise above does not hold. The same goes for the rest of a message whose descriptors came
-with a first write of their own: the kernel ends a ``recvmsg`` behind such a write.
+A message whose sender waits until it was carried out must outlive whoever is killed while doing so.
+Such messages (``hold``) are handed out while they stay in the socket, and taken with a call of
+their own, :meth:`Stream.release`: until then a successor finds them again.
+
+Cost. One system call more for each message, and another for a held one of more than 2 KiB. A peer
+that feeds a message in many small writes can fill its send buffer before the message is complete;
+then neither side would move. So a message that stops growing for :data:`STALL` seconds is read in
+pieces after all, and for this one message the promise above does not hold. The same goes for the
+rest of a message whose descriptors came with a first write of their own: the kernel ends a
+``recvmsg`` behind such a write.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from holdfast.errors import Closed, ProtocolError, WaitTimeout
+from holdfast.errors import Closed, ProtocolError, UsageError, WaitTimeout
 
 STALL: Final = 0.25
 """Seconds without growth after which an incomplete message is read in pieces."""
@@ -96,10 +101,15 @@ class Descriptors:
 
 @dataclass(slots=True)
 class Message:
-    """One whole message. Whoever receives it owns ``fds`` and has to close them."""
+    """One whole message. Whoever receives it owns ``fds`` and has to close them.
+
+    ``held``: it is still in the socket, without its descriptors if it has any, and nothing more is
+    received until :meth:`Stream.release`.
+    """
 
     data: bytes
     fds: Descriptors
+    held: bool = False
 
 
 class Stream:
@@ -107,15 +117,22 @@ class Stream:
 
     ``size_of`` gets the first ``head`` bytes of a message and returns its whole size in bytes, at
     least ``head``; it raises :class:`ProtocolError` for sizes it does not like, so nothing is ever
-    allocated that it did not approve. The stream owns the socket. One thread receives; any number
-    send. ``interrupt`` and ``close`` may come from any thread, ``interrupt`` from a signal handler.
+    allocated that it did not approve. ``hold`` gets the same bytes and says whether the message is
+    to stay in the socket until it was dealt with. The stream owns the socket. One thread receives;
+    any number send. ``interrupt`` and ``close`` may come from any thread, ``interrupt`` from a
+    signal handler.
 
     A peer that is gone shows as ``ConnectionError``. After that, or after a ProtocolError, the
     stream is of no further use and should be closed.
     """
 
     def __init__(
-        self, sock: socket.socket, size_of: Callable[[bytes], int], *, head: int = 16
+        self,
+        sock: socket.socket,
+        size_of: Callable[[bytes], int],
+        *,
+        head: int = 16,
+        hold: Callable[[bytes], bool] | None = None,
     ) -> None:
         # MSG_DONTWAIT does what is needed for each call; O_NONBLOCK would be shared with every
         # other process that holds this socket.
@@ -125,6 +142,9 @@ class Stream:
         self._sock = sock
         self._size_of = size_of
         self._head = head
+        self._hold = hold
+        self._held = 0
+        self._scratch = bytearray()
         self._sending = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._edge: select.epoll | None = None
@@ -202,7 +222,12 @@ class Stream:
         return max(0.0, self._since + STALL - time.monotonic())
 
     def poll_message(self) -> Message | None:
-        """Take the next message if all of it is there, else None. Never blocks."""
+        """Take the next message if all of it is there, else None. Never blocks.
+
+        UsageError while a held message was not released.
+        """
+        if self._held:
+            raise UsageError("the message before is still held", operation="receive")
         if self._piece is not None:
             return self._next_piece()
         if self._waiting and self._edge is not None:
@@ -216,8 +241,34 @@ class Stream:
         size = self._size_of(peeked[: self._head]) if len(peeked) >= self._head else 0
         if size and (len(peeked) >= size or self._queued() >= size):
             self._waiting = False
+            if self._hold is not None and self._hold(peeked[: self._head]):
+                return self._peek(peeked, size)
             return self._take(size)
         return self._incomplete(size)
+
+    def _peek(self, peeked: bytes, size: int) -> Message:
+        """Hand out ``size`` queued bytes and leave them where they are."""
+        if len(peeked) < size:
+            peeked = self._sock.recv(size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            if len(peeked) < size:  # cut by descriptors: see _take
+                return self._take(size)
+        self._held = size
+        return Message(peeked[:size], Descriptors(), held=True)
+
+    def release(self) -> None:
+        """Take the message that is held out of the socket, if one is. Receiving thread only.
+
+        Descriptors that came with it are closed: no held message is meant to have any.
+        """
+        # Into memory that is there: a fault in the middle of the call could end it half-way.
+        size, self._held = self._held, 0
+        if len(self._scratch) < size:
+            self._scratch = bytearray(size)
+        while size:
+            done = self._sock.recv_into(self._scratch, size, socket.MSG_DONTWAIT)
+            if not done:
+                raise ConnectionResetError(errno.ECONNRESET, "the peer hung up")
+            size -= done
 
     def _queued(self) -> int:
         raw = fcntl.ioctl(self._sock, termios.FIONREAD, b"\0\0\0\0")

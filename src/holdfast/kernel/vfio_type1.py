@@ -175,3 +175,15 @@ def unmap(container: int, iova: int, size: int, target: str = "") -> int:
         target=target,
     )
     return int(u.DMA_UNMAP.unpack(request)[3])
+
+
+def unmap_all(container: int, target: str = "") -> None:
+    """VFIO_IOMMU_UNMAP_DMA of everything (VFIO_DMA_UNMAP_FLAG_ALL, Linux 5.12). Synchronous."""
+    request = bytearray(u.DMA_UNMAP.pack(u.DMA_UNMAP.size, u.DMA_UNMAP_ALL, 0, 0))
+    ioctl.call(
+        container,
+        u.IOMMU_UNMAP_DMA,
+        request,
+        operation="VFIO_IOMMU_UNMAP_DMA (all)",
+        target=target,
+    )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from holdfast.errors import HoldfastError
 from holdfast.keeper import embedded
 from holdfast.keeper.client import LeaseClient
 from holdfast.keeper.opening import connect
+from holdfast.kernel import pidfd, procfs
 from holdfast.values import Target
 
 SERVE = (sys.executable, "-m", "holdfast", "serve")
@@ -39,7 +41,7 @@ class Stack:
         self._command = [*serve, target, "--idle", str(ABANDONED_AFTER), *options]
         self._directory = ""
         self._before: str | None = None
-        self._keeper: subprocess.Popen[bytes] | None = None
+        self._standby: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         self._directory = tempfile.mkdtemp(prefix="holdfast-")
@@ -56,7 +58,7 @@ class Stack:
         reading, writing = os.pipe2(os.O_CLOEXEC)
         with os.fdopen(reading, "rb") as ready:
             try:
-                self._keeper = subprocess.Popen(
+                self._standby = subprocess.Popen(
                     [*self._command, "--ready-fd", str(writing)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -70,14 +72,15 @@ class Stack:
 
     @property
     def keeper_pid(self) -> int:
-        if self._keeper is None:
+        """The keeper that there is now."""
+        if self._standby is None:
             raise HoldfastError("the stack is not running", operation="stack")
-        return self._keeper.pid
+        return int(self.ps()["keeper"])
 
     def pids(self) -> list[int]:
-        """The keeper and the function it started."""
-        function = self.ps()["function"]
-        return [self.keeper_pid, *([function] if function else [])]
+        """The keeper, its anchor, and the function it started."""
+        told = self.ps()
+        return [told[name] for name in ("keeper", "anchor", "function") if told[name]]
 
     def ask(self) -> LeaseClient:
         """A connection without a lease, to ask ``ps`` on. The caller closes it."""
@@ -99,18 +102,43 @@ class Stack:
     ) -> None:
         self._clean()
 
+    def kill_all(self) -> None:
+        """SIGKILL everything at once: keeper, anchor, standby and function."""
+        if self._standby is None:
+            return
+        every = [self._standby.pid, *procfs.descendants(self._standby.pid)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # so that none starts another one meanwhile
+            for pid in every:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        self._standby.wait()
+
     def _clean(self) -> None:
-        if self._keeper is not None:
-            self._keeper.send_signal(signal.SIGTERM)
-            try:
-                self._keeper.wait(STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                # Its function notices the closed socket and ends, too.
-                self._keeper.kill()
-                self._keeper.wait()
-            self._keeper = None
+        if self._standby is not None:
+            if self._standby.poll() is None:
+                self._standby.send_signal(signal.SIGTERM)
+                try:
+                    self._standby.wait(STOP_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    self.kill_all()
+            else:
+                self._end_keeper()
+            self._standby = None
         if self._before is None:
             os.environ.pop(embedded.RUNTIME_VARIABLE, None)
         else:
             os.environ[embedded.RUNTIME_VARIABLE] = self._before
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _end_keeper(self) -> None:
+        """The standby that was started here is gone; whoever keeps the function may not be."""
+        try:
+            told = self.ps()
+        except HoldfastError:
+            return  # it went with them
+        fds = [os.pidfd_open(told[name]) for name in ("keeper", "anchor")]
+        pidfd.kill(fds[0], signal.SIGTERM)
+        for fd in fds:
+            if not pidfd.await_death(fd, STOP_TIMEOUT):
+                pidfd.kill(fd)
+            os.close(fd)

@@ -120,3 +120,4 @@ assert IOVA_RANGE.size == 16
 assert DMA_AVAIL.size == 4
 assert DMA_MAP.size == 32
 assert DMA_UNMAP.size == 24
+DMA_UNMAP_ALL: Final = 1 << 1

@@ -15,6 +15,7 @@ any other and starts the death protocol.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -22,7 +23,7 @@ import msgspec
 from holdfast.errors import ProtocolError
 from holdfast.values import Access
 
-VERSION = 2
+VERSION = 3
 MAX_PACKET = 64 * 1024
 MAX_FDS = 128
 MAX_REGISTER_BLOCK = 4096
@@ -30,11 +31,16 @@ MAX_REGISTER_BLOCK = 4096
 
 PS_PAGE = 24
 """Most leases in one answer to Ps."""
+PS_BYTES = 48 * 1024
+"""Most bytes that they take in it."""
 
 U16 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
 U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Name = Annotated[str, msgspec.Meta(max_length=128)]
+
+
+Token = Annotated[str, msgspec.Meta(max_length=64)]
 
 
 class Message(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,6 +59,8 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     client: Name = ""
     lifeline: U63 = 0
     """Inode of the client's end of this socket: for showing who holds it, never trusted."""
+    run: Token = ""
+    """Token of the ``holdfast run`` that the client is a part of."""
 
 
 class Open(Message, frozen=True):
@@ -133,6 +141,19 @@ class Ps(Message, frozen=True):
     """
 
     after: U63 = 0
+    run: Token = ""
+    """If given: only leases of this ``holdfast run``."""
+
+
+class Retry(Message, frozen=True):
+    """Look at a quarantined lease now. For the keeper's own user; allowed without a lease.
+
+    With ``force`` also by a function-level step that other leases would lose transfers by.
+    Answered with :class:`Result`: the lease's state, and the last line of its log.
+    """
+
+    lease: U63
+    force: bool = False
 
 
 class Close(Message, frozen=True):
@@ -154,6 +175,7 @@ Request = (
     | Regrant
     | Reset
     | Ps
+    | Retry
     | Close
 )
 
@@ -287,7 +309,8 @@ class Notice(Message, frozen=True):
     """Something happened to the function that this lease should know of.
 
     ``what``: "reset" or "isolated" (what was in flight is lost), "gone" (the function went away),
-    "leave" (the system wants the function back: unmap, close, say goodbye).
+    "leave" (the system wants the function back: unmap, close, say goodbye), "successor" (the keeper
+    was killed and another one goes on: send what was not answered again, with the same ``seq``).
     """
 
     what: str
@@ -322,6 +345,18 @@ def encode(message: Message) -> bytes:
             operation="encode lease message",
         )
     return packet
+
+
+def page_of(told: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many of these as fit one answer to Ps, from the first on; at least one of them."""
+    page: list[dict[str, Any]] = []
+    size = 0
+    for each in told[:PS_PAGE]:
+        size += len(_encoder.encode(each))
+        if page and size > PS_BYTES:
+            break
+        page.append(each)
+    return page
 
 
 def decode_request(packet: bytes) -> Request:

@@ -27,7 +27,7 @@ import pytest
 import holdfast
 from holdfast.drivers.edu import EduEngine
 from holdfast.keeper.client import LeaseClient
-from holdfast.keeper.quiesce import Deadlines
+from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.server import Settings
 from holdfast.kernel.pci_sysfs import PciFunction
 from holdfast.regs import edu as regs
