@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -217,3 +218,47 @@ def test_the_function_is_free_again_after_the_last_mediated_lease(
         card.dma.to_card(card.alloc(4096)).wait(LONG)
     told = stack.ps()
     assert told["unaccounted_bytes"] == 0
+
+
+def test_a_killed_keeper_s_clients_go_on_with_what_was_in_flight(
+    serve: Callable[..., Stack],
+) -> None:
+    stack = serve(SLOW)
+    with mediated(stack) as card, mediated(stack) as other:
+        source, running = keep_busy(card)
+        small = other.alloc(4096)
+        small.array[:] = 0x42
+        for _ in range(2):
+            killed = stack.ps()["keeper"]
+            os.kill(killed, signal.SIGKILL)
+            other.dma.to_card(small, 0).wait(LONG)
+            assert stack.ps()["keeper"] != killed
+        for transfer in running:
+            transfer.wait(LONG)
+        back = card.alloc(64 << 10)
+        card.dma.from_card(back, 2 << 20).wait(LONG)
+        assert np.array_equal(back.array, source.array[-(64 << 10) :])
+        there = other.alloc(4096)
+        other.dma.from_card(there, 0).wait(LONG)
+        assert (there.array == 0x42).all()
+    assert settle(lambda: len(living(stack)), goal=0, timeout=LONG) == 0
+    assert stack.ps()["unaccounted_bytes"] == 0
+
+
+def test_a_client_and_its_keeper_die_together(serve: Callable[..., Stack]) -> None:
+    stack = serve(SLOW)
+    with mediated(stack) as card:
+        source, running = keep_busy(card)
+        pid = die_with_requests(stack)
+        os.kill(stack.ps()["keeper"], signal.SIGKILL)
+        released(stack, pid)
+        for transfer in running:
+            transfer.wait(LONG)
+        back = card.alloc(64 << 10)
+        card.dma.from_card(back, 2 << 20).wait(LONG)
+        assert np.array_equal(back.array, source.array[-(64 << 10) :])
+        assert stack.ps()["unaccounted_bytes"] == 0
+
+
+def living(stack: Stack) -> list[int]:
+    return [lease["lease"] for lease in stack.ps()["leases"] if lease["state"] != "released"]

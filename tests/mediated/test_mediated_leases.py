@@ -306,7 +306,7 @@ def test_a_quota_bounds_the_requests_in_flight(serve: Callable[..., Stack]) -> N
     stack = serve("emu:xdma?link_rate=64K&link_chunk=4096", "--requests", "5")
     with mediated(stack) as card, mediated(stack) as other:
         host = card.alloc(4096)
-        running = [card.dma.to_card(host) for _ in range(40)]
+        running = [card.dma.to_card(host) for _ in range(400)]
         seen = {lease_of(stack, card)["requests"] for _ in range(10)}
         assert max(int(str(count)) for count in seen) == 5
         other.dma.to_card(other.alloc(64)).wait(LONG)

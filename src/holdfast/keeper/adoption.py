@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from holdfast.keeper.connection import Connection
@@ -13,10 +12,9 @@ from holdfast.keeper.held import find_handover
 from holdfast.keeper.journal import Contents, Corrupt, Stage, What
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.keeper.map_state import REACHABLE, MapState
-from holdfast.keeper.mediation_channels import STATE
 from holdfast.keeper.memory import page_span
 from holdfast.kernel import pidfd
-from holdfast.values import Access, LeaseId
+from holdfast.values import LeaseId
 
 if TYPE_CHECKING:
     from holdfast.keeper.server import Keeper
@@ -34,52 +32,7 @@ def adopt_leases(keeper: Keeper, contents: Contents) -> None:
     _forget_rest(keeper, contents)
     if not keeper.host.usable.is_set():
         keeper.host.keep(keeper.reconnect_if_free())
-    mediated = {lease.number: lease for lease in leases.values() if _is_mediated(lease)}
-    house = next((lease for lease in leases.values() if lease.house), None)
-    for lease in leases.values():
-        if lease.number not in mediated and not _goes_on_posting(lease):
-            _go_on(keeper, lease, contents)
-    for lease in mediated.values():
-        keeper.leases[lease.number] = lease  # so that it counts until it is served again
-    keeper.host.keep(_mediate_on(keeper, house, mediated, contents))
-
-
-def _is_mediated(lease: Lease) -> bool:
-    return lease.access is Access.MEDIATED and lease.stage is not Stage.WITHHELD
-
-
-def _goes_on_posting(lease: Lease) -> bool:
-    return lease.house and lease.stage is Stage.ALIVE
-
-
-async def _mediate_on(
-    keeper: Keeper, house: Lease | None, leases: dict[LeaseId, Lease], contents: Contents
-) -> None:
-    """Have the mediator go on, and then its clients.
-
-    Without its file nothing was ever accepted of them: it is held before the first of them is
-    seated, and let go of after the last.
-    """
-    state = keeper.continuity.scope.find(STATE)
-    if house is not None and _goes_on_posting(house):
-        keeper.leases[house.number] = house
-        if state is None:
-            house.signal(hung_up=True, goodbye=True)
-            keeper.end(house, "its keeper was killed before it posted anything")
-        else:
-            house.peer = replace(house.peer, pid=os.getpid())
-            keeper.journal.lease(house.record())
-            fds, notes = {STATE: state[0][0]}, {}
-            for number in leases:
-                held = keeper.continuity.scope.find(f"lease/{number}/rings")
-                if held is None:
-                    raise Corrupt(
-                        f"the rings of lease {number} are not held", operation="take over"
-                    )
-                fds |= dict(zip(held[1]["names"], held[0], strict=True))
-                notes[int(number)] = held[1]
-            by_number = {int(number): lease for number, lease in leases.items()}
-            await keeper.mediation.resume(house, by_number, fds, notes)
+    keeper.mediation.adopt(leases)
     for lease in leases.values():
         _go_on(keeper, lease, contents)
 
@@ -161,6 +114,8 @@ def _go_on(keeper: Keeper, lease: Lease, contents: Contents) -> None:
         keeper.resume_withheld(lease, ranges)
         return
     keeper.leases[lease.number] = lease
+    if lease is keeper.mediation.house:
+        return  # its client was the predecessor, and is this keeper now
     held = keeper.continuity.scope.find(f"lease/{lease.number}/socket")
     if held is None:
         lease.signal(hung_up=True)

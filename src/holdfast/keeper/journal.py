@@ -122,7 +122,6 @@ class Mark(enum.IntFlag):
     GOODBYE = 4
     GRANTED = 8
     ANNOUNCED = 16
-    HOUSE = 32  # the keeper's own, see keeper.mediation
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,19 +110,17 @@ class Lease:
     """Held while a request is answered: the death protocol begins behind it, never beside it."""
     memory_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while memory is taken or let go, so that a death never races with a map."""
+    mediated: MediatedLease | None = None
+    """Its rings, if the keeper posts for it."""
     stage: Stage = Stage.ALIVE
     """How far it is, as the journal says."""
     goodbye: bool = False
     everything: bool = False
     """It stands for whatever may be mapped: nobody knows what that is."""
-    house: bool = False
-    """The keeper's own: it posts for mediated leases."""
     granted: bool = False
     """Its channels were started for it once."""
     recorder: Callable[[Lease, Step], None] | None = None
     """Told of each step, besides the log."""
-    mediated: MediatedLease | None = None
-    """Its rings, if the keeper posts for it."""
     lifeline: int = 0
     """Inode of the client's end of the lease's socket, as the client says."""
     run: int = 0
@@ -177,7 +175,6 @@ class Lease:
             | Mark.GOODBYE * self.goodbye
             | Mark.GRANTED * self.granted
             | Mark.ANNOUNCED * self.announced
-            | Mark.HOUSE * self.house
         )
         return LeaseRecord(
             self.number,
@@ -212,7 +209,6 @@ class Lease:
             grant=Grant(vectors=_bits(record.vectors)),
             maps_registers=Mark.MAPS_REGISTERS in record.marks,
             granted=Mark.GRANTED in record.marks,
-            house=Mark.HOUSE in record.marks,
             stage=record.stage,
             lifeline=record.lifeline,
             noticed_ns=record.noticed_ns,

@@ -35,20 +35,9 @@ class MediatedLease:
     rested: bool = False
     """The engine was seen at rest, or stopped, after the last request had finished."""
 
-    @property
-    def name(self) -> str:
-        """What the anchor holds its descriptors under."""
-        return f"lease/{self.lease.number}/rings"
-
-    def descriptors(self) -> dict[str, int]:
-        """What a successor of this keeper needs for this lease; they stay ours."""
-        number = int(self.lease.number)
-        return {
-            f"rings.{number}": self.ring_fd,
-            f"submit.{number}": self.seat.submit,
-            f"done.{number}": self.seat.done,
-            f"heard.{number}": self.heard,
-        }
+    def descriptors(self) -> list[int]:
+        """Rings and bells; a successor of this keeper needs them in this order."""
+        return [self.ring_fd, self.seat.submit, self.seat.done, self.heard]
 
     def note(self) -> dict[str, Any]:
         """The rest of it; JSON-able."""
@@ -96,9 +85,9 @@ class MediatedLease:
 
         ``deadline`` seconds bound the stop of the channels, if there has to be one.
         """
+        self.seat.dropped = True  # whatever happens to the channels, it is not posted again
         if not self.rested and not await self.in_flight():
             self.rested = await self.mediation.engine_at_rest()
         if not self.rested:
-            self.seat.dropped = True
             self.rested = await self.mediation.restart(deadline) and not await self.in_flight()
         return self.rested

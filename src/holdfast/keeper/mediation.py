@@ -26,25 +26,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import Busy, Closed, HoldfastError, NotSupported, StaysStuck
+from holdfast.errors import Busy, Closed, NotSupported, StaysStuck
+from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.mediated_lease import MediatedLease
-from holdfast.keeper.mediation_channels import DEADLINE, STATE, SharedChannels
+from holdfast.keeper.mediation_channels import DEADLINE, SharedChannels
 from holdfast.keeper.mediation_parts import Seat
 from holdfast.keeper.mediation_state import MediatorState
 from holdfast.keeper.mediator import Mediator
+from holdfast.keeper.state import Machine
 from holdfast.kernel import bells, events, memfd, pidfd
 from holdfast.kernel.mapping import Mapping as FileMapping
 from holdfast.poster import Poster
-from holdfast.values import Access, Policy
+from holdfast.values import Access, LeaseId, Policy
 from holdfast.wire.rings import RING_BYTES, BufferTable, KeeperEnd, Limits
 
 if TYPE_CHECKING:
+    from holdfast.keeper.held import Scope
     from holdfast.keeper.server import Keeper
+
+STATE = "mediation"
+"""Under which name the anchor holds the mediator's state."""
 
 
 class Mediation(SharedChannels):
@@ -117,11 +123,9 @@ class Mediation(SharedChannels):
             end = KeeperEnd(mapping.array.data)
             seat = Seat(number, end, submit, done, limits, self.keeper.settings.requests)
             held = MediatedLease(self, lease, seat, ring_fd, mapping, heard, window)
-            fds, note = held.descriptors(), held.note()
-            await self.host.call(
-                self.host.holder.put, held.name, list(fds.values()), {**note, "names": list(fds)}
-            )
-            undo.callback(self.host.holder.drop, held.name)
+            # Before the client can have them.
+            await self.host.call(self._scope.put, _rings_of(lease), held.descriptors(), held.note())
+            undo.callback(self._scope.drop, _rings_of(lease))
             await self.ask(lambda m: m.admit(seat))
             undo.pop_all()
         self.leases[int(lease.number)] = held
@@ -157,8 +161,8 @@ class Mediation(SharedChannels):
     async def _forget(self, held: MediatedLease) -> None:
         with contextlib.suppress(Closed, StaysStuck):
             await self.ask(lambda m: m.leave(held.seat))
-        self.host.holder.drop(held.name)
-        for fd in (held.ring_fd, held.seat.submit, held.seat.done, held.heard):
+        self._scope.drop(_rings_of(held.lease))
+        for fd in held.descriptors():
             os.close(fd)
         held.mapping.close()
         self._move_out_if_empty()
@@ -184,11 +188,14 @@ class Mediation(SharedChannels):
         """Take the function for the keeper itself, and start a channel for everybody."""
         self.house = house = self._lease_the_function()
         try:
-            need = self.host.driver.control_bytes
+            pidfd_name = f"lease/{house.number}/pidfd"
+            await self.host.call(self._scope.put, pidfd_name, [house.peer.pidfd])
+            need = self.host.facts.control_bytes
             if need:
                 await self.keeper.desk.take_slab(house, need, control=True)
             self._state = MediatorState.create()
-            await self.host.call(self.host.holder.put, STATE, [self._state.fd])
+            held = [self._state.fd], {"house": int(house.number)}
+            await self.host.call(self._scope.put, STATE, *held)
             self.mediator = Mediator(self._state, self._trouble)
             await self._start()
         except BaseException:
@@ -205,6 +212,7 @@ class Mediation(SharedChannels):
         if house is None or not house.alive:
             return
         self._end_thread()
+        self._scope.drop(STATE)
         house.signal(hung_up=True, goodbye=True)
         self._moved_out.clear()
         self.keeper.end(house, "no mediated lease is left")
@@ -214,8 +222,8 @@ class Mediation(SharedChannels):
         channels = self.host.claim(Access.EXCLUSIVE, None)
         peer = pidfd.Peer(os.getpid(), os.getuid(), os.getgid(), pidfd.open_self())
         lease = self.keeper.new_lease(peer)
-        lease.claimed = lease.house = True
-        lease.machine.policy = Policy.DRAIN
+        lease.machine = Machine(Policy.DRAIN)
+        lease.claimed = True
         lease.access, lease.channels = Access.EXCLUSIVE, channels
         lease.note("the keeper posts for mediated leases")
         self.keeper.journal.lease(lease.record())
@@ -224,52 +232,58 @@ class Mediation(SharedChannels):
 
     # -- succession ------------------------------------------------------------
 
-    async def resume(
-        self,
-        house: Lease,
-        leases: Mapping[int, Lease],
-        fds: Mapping[str, int],
-        notes: Mapping[int, Mapping[str, Any]],
-    ) -> None:
-        """Go on where a keeper that was killed stopped. Takes ownership of ``fds``.
+    def adopt(self, leases: Mapping[LeaseId, Lease]) -> None:
+        """Go on where a keeper that was killed stopped; ``leases`` have their memory already.
 
-        ``house`` is the lease that held the function for it, with its control memory; ``leases``
-        the mediated ones by number, with their slabs; ``fds`` everything that
-        :meth:`descriptors` and :meth:`.MediatedLease.descriptors` named; ``notes`` what
-        :meth:`.MediatedLease.note` said of each. The channels are brought to rest, and what was
-        accepted and not told finished is posted again. If they do not come to rest, nothing is
-        posted, and it is tried again until they do or the death protocol has dealt with them.
+        The channels are brought to rest, and what was accepted and not told finished is posted
+        again. If they do not come to rest, nothing is posted, and it is tried again until they do
+        or the death protocol has dealt with them.
         """
+        found = self._scope.find(STATE)
+        if found is None:
+            return
+        (fd,), note = found
+        house = leases.get(LeaseId(note["house"]))
+        if house is None or house.stage is not Stage.ALIVE:
+            self._scope.forget(STATE)  # it was moving out: nobody had a mediated lease any more
+            return
         self.house = house
-        self._state = MediatorState(fds[STATE])
-        self.mediator = Mediator(self._state, self._trouble)
-        for number, lease in leases.items():
-            await self._seat_again(lease, fds, notes[number])
-        await self.ask(Mediator.reinstate)
-        with contextlib.suppress(HoldfastError):  # it is tried again
-            await self.restart()
+        self._state = state = MediatorState(fd)
+        self.mediator = mediator = Mediator(state, self._trouble)
+        for lease in leases.values():
+            if (held := self._scope.find(_rings_of(lease))) is not None:
+                self._seat_again(lease, mediator, state, *held)
+        mediator.call(mediator.reinstate)
+        self.host.keep(self._recover("taken over from a keeper that was killed"))
 
-    async def _seat_again(
-        self, lease: Lease, fds: Mapping[str, int], note: Mapping[str, Any]
+    def _seat_again(
+        self, lease: Lease, mediator: Mediator, state: MediatorState, fds: Sequence[int], note: Any
     ) -> None:
-        assert self._state is not None
         number = int(lease.number)
-        row = self._state.find_seat(number)
-        row = self._state.take_seat(number) if row is None else row
-        ring_fd = fds[f"rings.{number}"]
+        row = state.find_seat(number)
+        row = state.take_seat(number) if row is None else row
+        ring_fd, submit, done, heard = fds
         mapping = FileMapping(ring_fd, RING_BYTES, dont_fork=True)
         seat = Seat(
             row,
-            KeeperEnd(mapping.array.data, *self._state.counts(row)),
-            fds[f"submit.{number}"],
-            fds[f"done.{number}"],
+            KeeperEnd(mapping.array.data, *state.counts(row)),
+            submit,
+            done,
             Limits(*note["limits"]),
             self.keeper.settings.requests,
             self.table_of(lease),
-            frozen=not lease.alive,
+            frozen=lease.stage is not Stage.ALIVE,
         )
-        heard = fds[f"heard.{number}"]
         held = MediatedLease(self, lease, seat, ring_fd, mapping, heard, note["window"])
         self.leases[number] = held
         lease.mediated = held
-        await self.ask(lambda m: m.admit(seat))
+        mediator.call(lambda: mediator.admit(seat))
+
+    @property
+    def _scope(self) -> Scope:
+        return self.keeper.continuity.scope
+
+
+def _rings_of(lease: Lease) -> str:
+    """Under which name the anchor holds a lease's rings."""
+    return f"lease/{lease.number}/rings"

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 from holdfast.contracts import Doorbell
 from holdfast.errors import Closed, HoldfastError, StaysStuck
+from holdfast.keeper import asking
 from holdfast.keeper.describe import close_bells, control_memory
 from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.lease import Lease
@@ -26,8 +27,6 @@ from holdfast.poster import Poster
 
 T = TypeVar("T")
 
-STATE: Final = "mediator"
-"""What the anchor holds the mediator's own file under."""
 DEADLINE: Final = 5.0
 """Seconds for a call of the mediator's thread or of the driver."""
 RETRY: Final = 1.0
@@ -72,7 +71,7 @@ class SharedChannels:
         house, driver = self.house, self.host.driver
         if house is None:
             return True
-        return not await self.host.drive(DEADLINE, lambda: driver.in_flight(house.channels))
+        return not await self.host.drive(DEADLINE, lambda: asking.in_flight(driver, house.channels))
 
     async def restart(self, deadline: float = DEADLINE) -> bool:
         """Stop the channels, start them anew, post again what living clients had in flight.
@@ -92,7 +91,9 @@ class SharedChannels:
             await self.ask(Mediator.pause)
             stopped = False
             try:
-                stopped = await self.host.drive(deadline, lambda: driver.stop(house.channels))
+                stopped = await self.host.drive(
+                    deadline, lambda: asking.stop(driver, house.channels)
+                )
                 if stopped:
                     await self.ask(Mediator.detach)
                     await self._start()
@@ -168,16 +169,11 @@ class SharedChannels:
             "keeper_cpu_s": time.process_time(),
         }
 
-    def descriptors(self) -> dict[str, int]:
-        """What a successor of this keeper needs besides that of its leases; they stay ours."""
-        return {STATE: self._state.fd} if self._state is not None else {}
-
     def _end_thread(self) -> None:
         mediator, self.mediator = self.mediator, None
         if mediator is not None:
             mediator.close()  # it never blocks, so neither does this
         if self._state is not None:
-            self.host.holder.drop(STATE)
             self._state.close()
             self._state = None
         self._poster = None

@@ -58,6 +58,8 @@ class Seat:
     dropped: bool = False
     """What it has in flight is not posted again."""
     listed: bool = False
+    in_turn: bool = False
+    """It has got what it may post in this turn."""
     deficit: int = 0
     news: bool = False
     known: frozenset[int] = frozenset()

@@ -55,24 +55,24 @@ TURN_BYTES: Final = 2 << 20
 """What a client may post before it is the next one's turn."""
 WINDOW_REQUESTS: Final = 768
 """How many requests may be on their way in one direction; bytes: ``Running.window``."""
-ROUNDS: Final = 8
-"""Turns between two looks at what has finished."""
-POLL: Final = 0.001
-"""Seconds between two looks at a lane without an interrupt."""
+ROUNDS: Final = 8  # turns between two looks at what has finished
+POLL: Final = 0.001  # seconds between two looks at a lane without an interrupt
 _TO_CARD: Final = np.uint64(Op.TO_CARD)
 
 
 class _Turn(Enum):
-    NOTHING = 0
-    SERVED = 1
-    STUCK = 2
+    NOTHING = 0  # the ring is empty
+    OVER = 1  # it had its share
+    MORE = 2  # it has not, and there may be room
+    STUCK = 3  # its quota is used up
+    FULL = 4  # there is no room for its next request
 
 
 class Mediator(Worker):
     """The thread of one function. Owns neither the state nor the seats' descriptors.
 
-    ``trouble`` is called from the thread when the engine stopped with an error, or the poster
-    raised: nothing is posted until :meth:`install`.
+    ``trouble`` is called from the thread when it has paused because the engine stopped with an
+    error, or the poster raised.
     """
 
     def __init__(self, state: MediatorState, trouble: Callable[[str], None]) -> None:
@@ -123,7 +123,7 @@ class Mediator(Worker):
         """Forget a client. What it may have in flight ends untold, and keeps its seat."""
         self.freeze(seat)
         seat.dropped = True
-        self._seats.pop(seat.number, None)
+        del self._seats[seat.number]
         self._leaving.append(seat)
         self._free_seats()
 
@@ -191,6 +191,7 @@ class Mediator(Worker):
                 consumed = np.uint64(seat.end.consumed)
                 ahead = mine[mine[:, SEQUENCE] - consumed < np.uint64(1 << 63), SEQUENCE]
                 seat.known |= frozenset(ahead.tolist())
+                seat.in_flight += int(np.count_nonzero(mine[:, SEAT] & LAST_ROW))
             reach("keeper.mediation.reinstate")
         for seat in self._seats.values():
             self._note(seat)  # it may have been told, and not woken
@@ -244,46 +245,53 @@ class Mediator(Worker):
                 return False
             seat = self._turns[0]
             turn = self._take(seat)
+            if turn is _Turn.FULL:
+                # Whoever is next must not fill the gap that this one waits to grow.
+                return False
             if turn is _Turn.NOTHING:
                 self._turns.popleft()
-                seat.listed = False
+                seat.listed = seat.in_turn = False
                 seat.deficit = 0
-            else:
+            elif turn is not _Turn.MORE:
                 self._turns.rotate(-1)
+                seat.in_turn = False
                 stuck = stuck + 1 if turn is _Turn.STUCK else 0
         return True
 
     def _take(self, seat: Seat) -> _Turn:
-        """One batch of one client."""
-        end = seat.end
-        waiting = end.waiting()
+        """One batch of the client whose turn it is."""
+        waiting = seat.end.waiting()
         if not waiting:
             return _Turn.NOTHING
         if waiting > rings.DEPTH:
             self._overrun(seat, waiting)
-            return _Turn.SERVED
+            return _Turn.OVER
+        if not seat.in_turn:
+            seat.in_turn = True
+            seat.deficit += TURN_BYTES
+        own = min(waiting, TURN_REQUESTS, seat.quota - seat.in_flight)
+        if own <= 0:
+            seat.deficit = 0  # its quota keeps it, not the others
+            return _Turn.STUCK
         first, second = self._lanes
         fullest = max(len(first.table), len(second.table))
         room = min(first.room(), second.room(), WINDOW_REQUESTS - fullest)
-        count = min(waiting, TURN_REQUESTS, room, seat.quota - seat.in_flight)
-        if count <= 0:
-            return _Turn.STUCK
-        batch = rings.check(end.copy(count), seat.buffers, seat.limits)
+        if room <= 0:
+            return _Turn.FULL
+        batch = rings.check(seat.end.copy(min(own, room)), seat.buffers, seat.limits)
         reach("keeper.mediation.check")
         window = min(first.window - first.nbytes, second.window - second.nbytes)
-        budget = min(seat.deficit + TURN_BYTES, window)
-        taken, used = within(batch, budget)
-        if taken < len(batch):
-            if not taken:
-                return _Turn.STUCK
-            batch = batch.only(slice(0, taken))
-        accepted = self._accept(seat, batch, room)
+        taken, used = within(batch, min(seat.deficit, window))
+        cut = taken < len(batch)
+        if cut and not taken:
+            return _Turn.FULL if window < seat.deficit else _Turn.OVER
+        accepted = self._accept(seat, batch.only(slice(0, taken)) if cut else batch, room)
         if not accepted:
-            return _Turn.STUCK
-        seat.deficit = max(0, min(seat.deficit + TURN_BYTES - used, rings.MAX_BYTES))
+            return _Turn.FULL
+        seat.deficit = max(0, seat.deficit - used)
         self.batches += 1
         self.requests += accepted
-        return _Turn.SERVED
+        return _Turn.MORE if cut and window < seat.deficit + used else _Turn.OVER
 
     def _accept(self, seat: Seat, batch: Checked, room: int) -> int:
         """Write down, consume, post; and turn away what is bad. Returns how many were consumed."""

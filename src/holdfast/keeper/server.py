@@ -291,7 +291,9 @@ class Keeper:
         if (most := self.settings.user_leases) is not None:
             held = sum(each.peer.uid == lease.peer.uid for each in self.leases.values())
             admission.require_few(lease.peer, held, most, str(self.host.target))
-        admission.require_one_user(lease, self.leases.values())
+        admission.require_one_user(
+            lease, (each for each in self.leases.values() if each is not self.mediation.house)
+        )
         self.greeted.pop(lease.number, None)
         lease.command = procfs.command_of(lease.peer.pid)
         self.journal.lease(lease.record())
