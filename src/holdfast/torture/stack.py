@@ -132,9 +132,13 @@ class Stack:
 
     def _end_keeper(self) -> None:
         """The standby that was started here is gone; whoever keeps the function may not be."""
+        target = Target.parse(self.target)
         try:
-            told = self.ps()
-        except HoldfastError:
+            client = LeaseClient(embedded.reach(target), target)  # starts nothing
+            client.greet()
+            told = client.ps()
+            client.close()
+        except (OSError, HoldfastError):
             return  # it went with them
         fds = [os.pidfd_open(told[name]) for name in ("keeper", "anchor")]
         pidfd.kill(fds[0], signal.SIGTERM)
