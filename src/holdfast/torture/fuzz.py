@@ -28,7 +28,7 @@ from holdfast.wire.vfio_user import client as vfio_client
 from holdfast.wire.vfio_user import server as vfio_server
 from holdfast.wire.vfio_user.frame import Header, MalformedError
 
-BATCH = 2000
+BATCH = 1000
 """Frames between two looks at the memory."""
 TRACED = 16
 """Of this many batches of a target one has its allocations watched."""
