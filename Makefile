@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lab test-lab-full lab-tools lab-kernel-tools lint bench docs clean
+.PHONY: help demo test test-lab test-lab-full lab-tools lab-kernel-tools lint bench fuzz docs clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -69,6 +69,9 @@ lint: .venv/.installed-test
 
 bench: .venv/.installed
 	@$(BIN)/holdfast bench
+
+fuzz: .venv/.installed-test
+	@$(BIN)/python tests/fuzz/run.py $(if $(SEED),--seed $(SEED)) $(if $(FRAMES),--frames $(FRAMES))
 
 docs: .venv/.installed-docs
 	@$(BIN)/sphinx-build -W -q docs docs/_build

@@ -22,12 +22,15 @@ import os
 import pwd
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from holdfast.errors import Busy, NoPermission, QuotaExceeded, UsageError
 from holdfast.keeper.lease import Lease
 from holdfast.kernel.pidfd import Peer
-from holdfast.values import Access
+from holdfast.values import Access, LeaseId
+
+if TYPE_CHECKING:
+    from holdfast.keeper.settings import Settings
 
 PUBLIC = frozenset(
     {"lease", "uid", "state", "policy", "access", "channels", "bytes", "hung_up", "process_dead"}
@@ -110,6 +113,16 @@ def require_few(peer: Peer, held: int, limit: int, target: str) -> None:
             target=target,
             hint="close one, wait for the dying ones (holdfast ps), or serve with --user-leases",
         )
+
+
+def require_admissible(
+    lease: Lease, others: Mapping[LeaseId, Lease], settings: Settings, target: str
+) -> None:
+    """Raise QuotaExceeded or Busy if a new lease may not stand beside those that there are."""
+    if settings.user_leases is not None:
+        held = sum(other.peer.uid == lease.peer.uid for other in others.values())
+        require_few(lease.peer, held, settings.user_leases, target)
+    require_one_user(lease, others.values())
 
 
 def require_one_user(lease: Lease, others: Iterable[Lease]) -> None:

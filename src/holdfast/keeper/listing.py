@@ -1,16 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One page of leases, as whoever asks may see them."""
+"""What a keeper tells of itself and its leases, as whoever asks may see them."""
 
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.keeper.admission import visible
 from holdfast.keeper.lease import Lease
 from holdfast.kernel.pidfd import Peer
 from holdfast.wire import lease as wire
+
+if TYPE_CHECKING:
+    from holdfast.keeper.server import Keeper
+
+
+def tell(keeper: Keeper, after: int, viewer: Peer | None = None, run: int = 0) -> dict[str, Any]:
+    """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time.
+
+    As ``viewer`` may see them; None is the keeper itself. With ``run`` only those of one run.
+    """
+    every, more = page(keeper.history, keeper.leases.values(), after, viewer, run)
+    host, link = keeper.host, keeper.link
+    return {
+        "target": str(host.target),
+        "keeper": os.getpid(),
+        "anchor": link.pid,
+        "standby": link.standby,
+        "safe_mode": keeper.continuity.safe_mode,
+        "successions": keeper.continuity.counters.successions,
+        "function": host.child.pid if host.child is not None else None,
+        "driver": host.facts.name,
+        "policy": str(keeper.settings.policy),
+        "leases": every,
+        "more": more,
+        "opening": sum(bool(run) and lease.run == run for lease in keeper.greeted.values()),
+        "free_channels": sorted(host.free_channels),
+        "mediator": keeper.mediation.describe(),
+        "quarantined_bytes": keeper.quarantined(),
+        "unaccounted_bytes": keeper.unaccounted(),
+        "packets": keeper.traffic.packets,
+    }
 
 
 def page(

@@ -261,8 +261,11 @@ class Run:
             present = now if over is not None else present
             if self._leases.lost:
                 raise _GaveUp("the keeper ended before it said that the leases were released")
-            if over or (over is None and now - present > ABSENCE and self._absent()):
+            if over:
                 return
+            if now - present > ABSENCE:
+                # Whatever was held last: nobody is left who could say that it is all.
+                raise _GaveUp(f"the keeper is gone; last heard of: {self._waiting_for()}")
             if self._patience is not None and now - began > self._patience:
                 raise _GaveUp(f"not released within {self._patience:g} s: {self._waiting_for()}")
             if not explained and now - began > EXPLAIN:
@@ -272,12 +275,6 @@ class Run:
             pause = min(max(LOOK_FIRST, 1.5 * pause), LOOK_LAST)
             for number in signals.wait(pause):
                 self._while_held_on(number)
-
-    def _absent(self) -> bool:
-        """No keeper came back: fine if nothing was held, else nobody knows."""
-        if self._leases.held():
-            raise _GaveUp(f"the keeper is gone; last heard of: {self._waiting_for()}")
-        return True
 
     def _while_held_on(self, number: signal.Signals) -> None:
         if number is signal.SIGCHLD:
@@ -307,7 +304,7 @@ class Run:
                 f"lease {each['lease']} of pid {each['pid']} ({each['state']}, "
                 f"{each['bytes']} bytes{why})"
             )
-        return "; ".join(told) or "the keeper's answer"
+        return "; ".join(told) or "no lease"
 
     def _tell_of_quarantine(self) -> None:
         held = [each for each in self._leases.held() if each["state"] == "quarantine"]

@@ -41,7 +41,6 @@ from holdfast.keeper.gate import GREETING, Gate
 from holdfast.keeper.greeting import greet
 from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
-from holdfast.keeper.listing import page
 from holdfast.keeper.mediation import Mediation
 from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.proving import Proving
@@ -288,12 +287,8 @@ class Keeper:
     def admit(self, lease: Lease, session: Session) -> None:
         """A lease begins: from now on its death is watched, and it outlives this process."""
         self.require_room()
-        if (most := self.settings.user_leases) is not None:
-            held = sum(each.peer.uid == lease.peer.uid for each in self.leases.values())
-            admission.require_few(lease.peer, held, most, str(self.host.target))
-        admission.require_one_user(
-            lease, (each for each in self.leases.values() if each is not self.mediation.house)
-        )
+        others = {n: each for n, each in self.leases.items() if each is not self.mediation.house}
+        admission.require_admissible(lease, others, self.settings, str(self.host.target))
         self.greeted.pop(lease.number, None)
         lease.command = procfs.command_of(lease.peer.pid)
         self.journal.lease(lease.record())
@@ -314,7 +309,7 @@ class Keeper:
     async def retry(self, number: int, uid: int, *, force: bool) -> dict[str, Any]:
         """Look at a quarantined lease now; what became of it. For the keeper's own user."""
         target = str(self.host.target)
-        if uid != os.geteuid():
+        if uid not in (0, os.geteuid()):
             raise NoPermission(
                 f"the keeper belongs to user {os.geteuid()}, not to user {uid}",
                 operation="retry",
@@ -452,32 +447,6 @@ class Keeper:
             and lease.claimed
             and lease.machine.state in (State.ALIVE, State.FROZEN, State.DRAINING)
         ]
-
-    def ps(self, after: int, viewer: pidfd.Peer | None = None, run: int = 0) -> dict[str, Any]:
-        """What ``holdfast ps`` prints: leases in the order of their numbers, a page at a time.
-
-        As ``viewer`` may see them; None is the keeper itself. With ``run`` only those of one run.
-        """
-        every, more = page(self.history, self.leases.values(), after, viewer, run)
-        return {
-            "target": str(self.host.target),
-            "keeper": os.getpid(),
-            "anchor": self.link.pid,
-            "standby": self.link.standby,
-            "safe_mode": self.continuity.safe_mode,
-            "successions": self.continuity.counters.successions,
-            "function": self.host.child.pid if self.host.child is not None else None,
-            "driver": self.host.facts.name,
-            "policy": str(self.settings.policy),
-            "leases": every,
-            "more": more,
-            "opening": sum(bool(run) and lease.run == run for lease in self.greeted.values()),
-            "free_channels": sorted(self.host.free_channels),
-            "mediator": self.mediation.describe(),
-            "quarantined_bytes": self.quarantined(),
-            "unaccounted_bytes": self.unaccounted(),
-            "packets": self.traffic.packets,
-        }
 
     def quarantined(self) -> int:
         return sum(

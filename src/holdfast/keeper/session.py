@@ -28,7 +28,7 @@ from holdfast.errors import (
     UsageError,
     to_fields,
 )
-from holdfast.keeper import asking, control
+from holdfast.keeper import asking, control, listing
 from holdfast.keeper.connection import Connection
 from holdfast.keeper.describe import (
     Bells,
@@ -489,7 +489,7 @@ class Session:
 
     async def _ps(self, request: wire.Ps, _: list[int]) -> None:
         await self.host.call(self.keeper.link.refresh)
-        told = self.keeper.ps(request.after, self.lease.peer, request.run)
+        told = listing.tell(self.keeper, request.after, self.lease.peer, request.run)
         told["you"] = int(self.lease.number)
         self.connection.send(wire.Result(seq=request.seq, value=told))
 
