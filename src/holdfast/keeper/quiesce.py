@@ -113,7 +113,7 @@ class Quiesce:
         mediated = self.lease.mediated is not None
         try:
             async with asyncio.timeout(self.deadlines.drain):
-                if not mediated:
+                if self.lease.claimed and not mediated:  # else it posts nothing by itself
                     await self.proving.drive(lambda: asking.drain(driver, channels))
                 await self.proving.wait_idle()
         except TimeoutError:
