@@ -15,7 +15,7 @@ from holdfast.bench.crowd import BUFFER_BYTES, BUFFERS, SLAB_BYTES, Crowd, requi
 from holdfast.bench.death import ended, entered
 from holdfast.bench.plan import QUICK, Run
 from holdfast.bench.scale import _returned
-from holdfast.bench.silence import keeper_messages
+from holdfast.bench.silence import keeper_messages, scheduled
 from holdfast.errors import HoldfastError, SystemFailure
 from holdfast.kernel import procfs
 from holdfast.torture.outside import settle
@@ -120,7 +120,8 @@ def test_the_kernel_says_what_a_process_has_resident_and_how_often_it_ran() -> N
     os.waitpid(pid, 0)
     os.close(reading)
     os.close(writing)
-    assert procfs.context_switches(os.getpid()) > before
+    assert scheduled(before, procfs.context_switches(os.getpid())) > 0
+    assert scheduled({1: 5, 2: 7}, {1: 6, 3: 2}) == 4  # thread 2 has ended
     assert procfs.waited_for_processor(os.getpid()) >= 0
     with pytest.raises(SystemFailure):
         procfs.waited_for_processor(pid)

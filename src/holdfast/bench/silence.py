@@ -99,5 +99,11 @@ def _heard(asker: LeaseClient, work: Callable[[], None]) -> tuple[int, int]:
     keeper = told[1]["keeper"]
     before = procfs.context_switches(keeper)
     work()
-    ran = procfs.context_switches(keeper) - before
+    ran = scheduled(before, procfs.context_switches(keeper))
     return asker.ps()["packets"] - told[1]["packets"] - asking, ran
+
+
+def scheduled(before: dict[int, int], after: dict[int, int]) -> int:
+    """How often threads ran between two looks, one that ended meanwhile at least once."""
+    rises = sum(count - before.get(thread, 0) for thread, count in after.items())
+    return rises + len(before.keys() - after.keys())

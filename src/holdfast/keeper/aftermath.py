@@ -44,7 +44,8 @@ async def _try(proving: Proving) -> bool:
         await host.restore(proving.deadlines.reset)
         if was_off and host.usable.is_set():
             await proving.announcer.restored()
-        await host.call(host.renew_vectors, lease.grant.vectors)
+        if lease.grant.vectors:
+            await host.call(host.renew_vectors, lease.grant.vectors)
     except HoldfastError as error:
         said = f"the function is not usable again: {error.what}"
         if lease.log[-1].why != said:

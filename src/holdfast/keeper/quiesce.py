@@ -112,7 +112,7 @@ class Quiesce:
         driver, channels = self.host.driver, self.lease.channels
         try:
             async with asyncio.timeout(self.deadlines.drain):
-                if self.lease.mediated is None:
+                if self.lease.claimed:  # else it posts nothing by itself
                     await self.proving.drive(lambda: asking.drain(driver, channels))
                 await self.proving.wait_idle()
         except TimeoutError:

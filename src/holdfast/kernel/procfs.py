@@ -198,18 +198,24 @@ def resident(pid: int) -> dict[str, int]:
     return {name: int(value) * 1024 for name, value in rows}
 
 
-def context_switches(pid: int) -> int:
-    """How often threads of a process were put on or off a processor so far, by their own doing or
-    not (proc_pid_status(5)). What does not rise did not run: nothing woke the process.
+def context_switches(pid: int) -> dict[int, int]:
+    """How often each thread of a process was put on or off a processor, by its own doing or not.
+
+    By thread id (proc_pid_status(5)). What does not rise did not run: nothing woke the thread.
+    Raises SystemFailure for a process that is gone.
     """
-    total = 0
+    found = {}
     try:
         for task in os.listdir(f"/proc/{pid}/task"):
-            text = Path(f"/proc/{pid}/task/{task}/status").read_text("utf-8", "replace")
-            total += sum(map(int, re.findall(r"^\w+_ctxt_switches:\s+(\d+)$", text, re.MULTILINE)))
+            try:
+                text = Path(f"/proc/{pid}/task/{task}/status").read_text("utf-8", "replace")
+            except _GONE:
+                continue  # the thread has ended since
+            counts = re.findall(r"^\w+_ctxt_switches:\s+(\d+)$", text, re.MULTILINE)
+            found[int(task)] = sum(map(int, counts))
     except OSError as error:
         raise failure(error, "read context switches", f"process {pid}") from error
-    return total
+    return found
 
 
 def waited_for_processor(pid: int) -> int:
