@@ -169,7 +169,7 @@ class Bench:
             free_channels={1},
         )
         self.journal = Journal.create()
-        self.desk = MemoryDesk(self.host, NotHeld(), self.journal, Ledger(1 << 20, 100))
+        self.desk = MemoryDesk(self.host, self.journal, NotHeld(), Ledger(1 << 20, 100))
         self.lease = Lease(LeaseId(7), Peer(-1, 1, 0, 0), Machine(policy))
         self.lease.access, self.lease.channels = Access.SHARED, (0,)
         self.lease.claimed = claimed

@@ -84,7 +84,7 @@ class Desk:
             free_channels=set(),
         )
         self.journal = Journal.create()
-        self.desk = MemoryDesk(self.host, NotHeld(), self.journal, Ledger(1 << 18, 100))
+        self.desk = MemoryDesk(self.host, self.journal, NotHeld(), Ledger(1 << 18, 100))
         self.lease = Lease(LeaseId(1), Peer(-1, 1, 0, 0), Machine(Policy.DRAIN))
 
     def reserve(self, address: int = ADDRESS, nbytes: int = NBYTES) -> HeldPin:

@@ -122,3 +122,17 @@ def assign_bars(access: BackendAccess) -> None:
         if kind & pci_regs.BASE_ADDRESS_MEM_TYPE_64:
             config.store(pci_regs.BASE_ADDRESS_0 + 4 * index + 4, 4, address >> 32)
         address += size
+
+
+def take_over(access: BackendAccess, target: Target) -> None:
+    """Bus master off, reset if there is one, registers reachable. Blocking."""
+    backend = access.backend
+    set_bus_master(backend, target, on=False)
+    if backend.promises.reset:
+        backend.reset()
+        # Some resets bring the command register back as it was (drivers/pci/pci.c,
+        # pci_dev_save_and_disable and pci_dev_restore).
+        set_bus_master(backend, target, on=False)
+    if backend.promises.assign_bars:
+        assign_bars(access)
+    set_memory_space(backend)

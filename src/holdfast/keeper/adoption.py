@@ -12,7 +12,7 @@ from holdfast.keeper.held import find_handover
 from holdfast.keeper.journal import Contents, Corrupt, Stage, What
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.keeper.map_state import REACHABLE, MapState
-from holdfast.keeper.memory import page_span
+from holdfast.keeper.unmapping import page_span
 from holdfast.kernel import pidfd
 from holdfast.values import LeaseId
 

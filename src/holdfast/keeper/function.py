@@ -34,6 +34,7 @@ from holdfast.keeper.access import (
     interrupt_type,
     set_bus_master,
     set_memory_space,
+    take_over,
 )
 from holdfast.keeper.addresses import dma_bits, iova_range, usable_range
 from holdfast.keeper.asking import DriverFacts, guarded
@@ -134,7 +135,7 @@ class FunctionHost:
         has dealt with it.
         """
         access = BackendAccess(backend, str(target))
-        _take_over(access, target)
+        take_over(access, target)
         bits = dma_bits(target, driver_class)
         base, limit = usable_range(*iova_range(bits), backend.iova_ranges)
         arena = Arena(arena_bytes) if arena_bytes else None
@@ -184,7 +185,7 @@ class FunctionHost:
         Only without leases: every mapping went with the former backend.
         """
         self.access.backend = backend
-        _take_over(self.access, self.target)
+        take_over(self.access, self.target)
         guarded(self.driver.probe)
         if self.irq_index is not None:
             backend.set_irqs(self.irq_index, 0, self.irq_fds)
@@ -446,17 +447,3 @@ def _bring_up(driver_class: type[Driver], access: BackendAccess) -> Driver:
     driver = driver_class(access)
     driver.probe()
     return driver
-
-
-def _take_over(access: BackendAccess, target: Target) -> None:
-    """Bus master off, reset if there is one, registers reachable. Blocking."""
-    backend = access.backend
-    set_bus_master(backend, target, on=False)
-    if backend.promises.reset:
-        backend.reset()
-        # Some resets bring the command register back as it was (drivers/pci/pci.c,
-        # pci_dev_save_and_disable and pci_dev_restore).
-        set_bus_master(backend, target, on=False)
-    if backend.promises.assign_bars:
-        assign_bars(access)
-    set_memory_space(backend)

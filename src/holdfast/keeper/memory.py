@@ -8,12 +8,10 @@ counts as mapped until an unmap proved the opposite.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
-import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -23,22 +21,18 @@ from holdfast.dma.slab import SlabMemory
 from holdfast.errors import (
     BadBuffer,
     Closed,
-    DeviceGone,
     HoldfastError,
-    RemoteError,
-    StaysStuck,
     UsageError,
 )
-from holdfast.keeper.function import CALL_DEADLINE, FunctionHost
 from holdfast.keeper.held import Holder, put_handover
-from holdfast.keeper.journal import Entry, Journal, Memory, What
+from holdfast.keeper.journal import Entry, Memory, What
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.keeper.map_state import MapState
 from holdfast.keeper.process_memory import OwnMemory, ProcessMemory
+from holdfast.keeper.unmapping import PAGE, Unmapper
 from holdfast.kernel import disposal, limits, procfs
-from holdfast.values import Iova, LeaseId, Perm
+from holdfast.values import Iova, Perm
 
-PAGE = 4096
 MAP_DEADLINE = 120.0
 """Seconds that a map may take: the kernel clears and pins every page of it."""
 DESCRIPTORS_KEPT = 256
@@ -48,28 +42,12 @@ PIN_LIMIT = 1 << 40
 
 
 @dataclass(slots=True)
-class _Unmapping:
-    """A lease's unmaps, carried out in a thread that may be late: what is gone must not be lost."""
-
-    entries: list[Entry]
-    """As they were before."""
-    marks: list[Entry]
-    """As they are written down meanwhile."""
-    outcomes: list[int | HoldfastError] = field(default_factory=list)
-    begun: bool = False
-    done: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass(slots=True)
-class MemoryDesk:
+class MemoryDesk(Unmapper):
     """Hands memory to leases and takes it back. Used by the keeper's loop only."""
 
-    host: FunctionHost
     holder: Holder
-    journal: Journal
     ledger: Ledger
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
-    _unmapping: dict[LeaseId, _Unmapping] = field(default_factory=dict)
 
     # -- slabs ------------------------------------------------------------
 
@@ -123,7 +101,7 @@ class MemoryDesk:
             await host.call_within(MAP_DEADLINE, map_it)
         except BaseException:
             # In this order: if it cannot be undone, the memory stays out of use.
-            await self._undo(entry)
+            await self.undo(entry)
             self._let_go(number, memory)
             raise
         steps.reach("keeper.alloc.mapped")
@@ -167,7 +145,7 @@ class MemoryDesk:
             if slab is None:
                 raise UsageError(f"no slab {number}", operation="give slab back")
             if slab.entry is not None:
-                slab.entry = await self._unmap(slab.entry)
+                slab.entry = await self.unmap(slab.entry)
                 if slab.entry is not None:
                     raise HoldfastError("unmapped less than the slab", operation="give slab back")
             await self._recycle(lease, [slab])
@@ -198,7 +176,7 @@ class MemoryDesk:
                     self.host.backend.dma_map_memory, entry.iova, nbytes, perm, memory
                 )
             except BaseException:
-                await self._undo(entry)
+                await self.undo(entry)
                 self.ledger.discharge(lease.number, nbytes)
                 raise
             steps.reach("keeper.pin.mapped")
@@ -260,7 +238,7 @@ class MemoryDesk:
             pin = lease.pins.get(number)
             if pin is None:
                 raise UsageError(f"no pin {number}", operation="unpin")
-            left = await self._unmap(pin.entry)
+            left = await self.unmap(pin.entry)
             if left is not None:
                 pin.entry = left
                 raise HoldfastError("unmapped less than the pin", operation="unpin")
@@ -315,7 +293,7 @@ class MemoryDesk:
             for slab in list(lease.all_slabs()):
                 if slab.entry is None or slab.entry.state is MapState.MAPPED:
                     continue
-                slab.entry = await self._unmap(slab.entry)
+                slab.entry = await self.unmap(slab.entry)
                 if slab.entry is None:
                     lease.slabs.pop(slab.number, None)
                     lease.control = None if lease.control is slab else lease.control
@@ -324,7 +302,7 @@ class MemoryDesk:
                 reserved = pin.entry.state is MapState.RESERVED
                 if pin.entry.confirmed or (pin.in_place and reserved):
                     continue  # in place: its client is at it
-                left = await self._unmap(pin.entry)
+                left = await self.unmap(pin.entry)
                 if left is None:
                     del lease.pins[pin.number]
                     self.ledger.discharge(lease.number, pin.size)
@@ -332,51 +310,6 @@ class MemoryDesk:
                     pin.entry = left
 
     # -- the end of a lease ------------------------------------------------------------
-
-    async def unmap_all(
-        self, lease: Lease, *, retire: bool, deadline: float = CALL_DEADLINE
-    ) -> bool:
-        """Undo every mapping of a lease; True if each unmap took exactly what was mapped.
-
-        With ``retire`` the IOVAs are not handed out again until :meth:`reinstate`. Raises
-        StaysStuck after ``deadline`` seconds; what came of it is then found by the next call.
-        """
-        if lease.everything:
-            await self.host.call_within(deadline, self.host.backend.dma_unmap_all)
-        work = self._unmapping.get(lease.number)
-        if work is not None and not work.done.is_set():
-            raise StaysStuck("an earlier unmap has not come back", operation="unmap",
-                             target=str(self.host.target))  # fmt: skip
-        if work is None:
-            entries = list(self.journal.entries(lease.number))
-            if not entries:
-                return True
-            work = self._unmapping[lease.number] = _Unmapping(
-                entries, [self.journal.unmapping(entry) for entry in entries]
-            )
-            steps.reach("keeper.unmapping")
-            try:
-                await self.host.call_within(deadline, partial(self._unmap_now, work))
-            finally:
-                if not work.begun:
-                    del self._unmapping[lease.number]
-                    for entry, mark in zip(work.entries, work.marks, strict=True):
-                        self._failed(entry, mark)
-        del self._unmapping[lease.number]
-        steps.reach("keeper.unmapped")
-        complete, problem = True, None
-        for entry, mark, outcome in zip(work.entries, work.marks, work.outcomes, strict=True):
-            if isinstance(outcome, HoldfastError):
-                problem = problem or outcome  # the others are gone all the same, and recorded so
-                self._failed(entry, mark)
-            else:
-                # Nothing was there, but a client that lives may still do what was reserved for it.
-                late = not entry.confirmed and not outcome and not lease.process_dead
-                left = self._close(entry, mark, outcome, retire=retire or late)
-                complete &= left is None
-        if problem is not None:
-            raise problem
-        return complete
 
     async def free_all(self, lease: Lease) -> None:
         """Unpin, punch and recycle a lease's memory. Only behind the release gate."""
@@ -399,67 +332,6 @@ class MemoryDesk:
 
     # -- details ------------------------------------------------------------
 
-    async def _unmap(self, entry: Entry) -> Entry | None:
-        """Undo one mapping; None if it took exactly what was mapped, else what is still there."""
-        mark = self.journal.unmapping(entry)
-        steps.reach("keeper.unmapping")
-        try:
-            (unmapped,) = await self.host.call(self._unmap_many, [entry])
-            if isinstance(unmapped, HoldfastError):
-                raise unmapped
-        except BaseException:
-            self._failed(entry, mark)
-            raise
-        steps.reach("keeper.unmapped")
-        return self._close(entry, mark, unmapped, retire=False)
-
-    def _failed(self, entry: Entry, mark: Entry, unmapped: int = 0) -> Entry:
-        """Record that what was mapped before is still there; what only may have been, still may."""
-        return self.journal.still_mapped(mark) if entry.confirmed or unmapped else mark
-
-    def _unmap_now(self, work: _Unmapping) -> None:
-        """Find out how many bytes each unmap takes away, or why it fails. Blocking."""
-        work.begun = True
-        try:
-            work.outcomes.extend(self._unmap_many(work.entries))
-        except Exception as error:  # noqa: BLE001 - each entry has an outcome
-            said = HoldfastError(f"{type(error).__name__}: {error}", operation="unmap")
-            work.outcomes.extend([said] * len(work.entries))
-        finally:
-            work.done.set()
-
-    def _unmap_many(self, entries: Sequence[Entry]) -> list[int | HoldfastError]:
-        """Bytes that each unmap took away, or why it failed. Blocking."""
-        asked = [(entry.iova, entry.size) for entry in entries]
-        outcomes = self.host.backend.dma_unmap_many(asked)
-        return [self._judged(*pair) for pair in zip(entries, outcomes, strict=True)]
-
-    def _judged(self, entry: Entry, outcome: int | HoldfastError) -> int | HoldfastError:
-        if isinstance(outcome, RemoteError) and outcome.errno == errno.ENOENT:
-            return 0
-        if isinstance(outcome, DeviceGone):
-            # The mapping ended with the process that held it, but only the reaper can say so.
-            return entry.size if self.host.proven_gone() else 0
-        return outcome
-
-    def _close(self, entry: Entry, mark: Entry, unmapped: int, *, retire: bool) -> Entry | None:
-        """Judge an unmap by what ``entry`` was before it; None, or what is still there."""
-        if not entry.unmapped_in_full(unmapped):
-            return self._failed(entry, mark, unmapped)
-        base, span = page_span(entry)
-        if retire:
-            self.journal.retire(mark)
-            self.host.space.retire(base, span)
-        else:
-            self.journal.close(mark)
-            self.host.space.give_back(base, span)
-        return None
-
-    async def _undo(self, entry: Entry) -> None:
-        """A map failed or was never tried: an unmap of size 0 is right here."""
-        if await self._unmap(entry) is not None:
-            raise HoldfastError("a failed map could not be undone", operation="map")
-
     async def _recycle(self, lease: Lease, slabs: list[HeldSlab]) -> None:
         lease.punch_ns += await self.host.call_memory(self._punch, slabs)
         steps.reach("keeper.death.punched")
@@ -479,9 +351,3 @@ class MemoryDesk:
     def _still_alive(self, lease: Lease, operation: str) -> None:
         if not lease.alive:
             raise Closed("the lease has ended", operation=operation, target=str(self.host.target))
-
-
-def page_span(entry: Entry) -> tuple[Iova, int]:
-    """The whole pages that an entry's range was taken from the address space as."""
-    first = int(entry.iova) % PAGE
-    return Iova(int(entry.iova) - first), -(-(first + entry.size) // PAGE) * PAGE

@@ -17,8 +17,9 @@ from holdfast.keeper import asking
 from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.lease import Lease
-from holdfast.keeper.memory import MemoryDesk, page_span
+from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.state import Fact
+from holdfast.keeper.unmapping import page_span
 from holdfast.values import Iova
 
 T = TypeVar("T")

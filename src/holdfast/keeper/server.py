@@ -81,7 +81,7 @@ class Keeper:
         ledger = Ledger(settings.quota, settings.buffers, settings.per_user)
         # Numbers that no slab and no pin of a keeper before this one can have had.
         numbers = itertools.count(1 + (continuity.counters.successions << 32))
-        self.desk = MemoryDesk(self.host, continuity.scope, self.journal, ledger, numbers)
+        self.desk = MemoryDesk(self.host, self.journal, continuity.scope, ledger, numbers)
         self.leases: dict[LeaseId, Lease] = {}
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.sessions: dict[LeaseId, Session] = {}

@@ -19,7 +19,6 @@ from holdfast import steps
 from holdfast.dma.sg import SgList
 from holdfast.driver import Grant
 from holdfast.errors import (
-    BadAccess,
     Busy,
     DeviceError,
     HoldfastError,
@@ -38,9 +37,9 @@ from holdfast.keeper.describe import (
     describe_slab,
 )
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
+from holdfast.keeper.session_function import COMMAND_DEADLINE, FunctionRequests
 from holdfast.kernel import disposal
-from holdfast.uapi import pci_regs
-from holdfast.values import CONFIG_REGION, Access, IrqIndex
+from holdfast.values import Access
 from holdfast.wire import lease as wire
 
 if TYPE_CHECKING:
@@ -48,15 +47,12 @@ if TYPE_CHECKING:
 
 H = TypeVar("H", HeldSlab, HeldPin)
 
-COMMAND_DEADLINE = 5.0
-"""Seconds that a driver command may take."""
-
 
 _WITHOUT_LEASE = wire.Open | wire.Ps | wire.Retry | wire.Close
 """What may be asked before a lease is opened."""
 
 
-class Session:
+class Session(FunctionRequests):
     """Serves one connection until it hangs up. Loop only."""
 
     def __init__(
@@ -80,12 +76,12 @@ class Session:
             wire.Pin: self._pin,
             wire.PinDone: self._pin_done,
             wire.Unpin: self._unpin,
-            wire.RegionRead: self._region_read,
-            wire.RegionWrite: self._region_write,
-            wire.Unmask: self._unmask,
-            wire.Command: self._command,
+            wire.RegionRead: self.region_read,
+            wire.RegionWrite: self.region_write,
+            wire.Unmask: self.unmask,
+            wire.Command: self.command,
             wire.Regrant: self._regrant,
-            wire.Reset: self._reset,
+            wire.Reset: self.reset,
             wire.Ps: self._ps,
             wire.Retry: self._retry,
             wire.Close: self._close,
@@ -352,7 +348,7 @@ class Session:
         self.connection.send(wire.Done(seq=request.seq))
 
     async def _pin(self, request: wire.Pin, fds: list[int]) -> None:
-        self._require_direct("pin", "copy through a buffer: the client half of the lease does")
+        self.require_direct("pin", "copy through a buffer: the client half of the lease does")
         if fds:
             await self.desk.accept_own_memory(self.lease, fds.pop(0))
         address, nbytes = request.address, request.nbytes
@@ -387,104 +383,6 @@ class Session:
     async def _unpin(self, request: wire.Unpin, _: list[int]) -> None:
         if not self._first or request.pin in self.lease.pins:
             await self.desk.unpin(self.lease, request.pin)
-        self.connection.send(wire.Done(seq=request.seq))
-
-    def _require_direct(self, operation: str, hint: str) -> None:
-        if self.lease.mediated is not None:
-            raise NotSupported("a mediated lease only posts requests", operation=operation,
-                               target=str(self.host.target), hint=hint)  # fmt: skip
-
-    # -- registers ------------------------------------------------------------
-
-    async def _region_read(self, request: wire.RegionRead, _: list[int]) -> None:
-        self._check_region(request.index, request.offset, request.count)
-        data = await self.host.call(
-            self.host.backend.region_read, request.index, request.offset, request.count
-        )
-        self.connection.send(wire.Data(seq=request.seq, data=data))
-
-    async def _region_write(self, request: wire.RegionWrite, _: list[int]) -> None:
-        self._check_region(request.index, request.offset, len(request.data))
-        if request.index == CONFIG_REGION:
-            self._check_config_write(request.offset, len(request.data))
-        await self.host.call(
-            self.host.backend.region_write, request.index, request.offset, request.data
-        )
-        self.connection.send(wire.Done(seq=request.seq))
-
-    def _check_config_write(self, offset: int, count: int) -> None:
-        """The header is the keeper's: a client that sets bus master undoes a dead lease's stop."""
-        target = f"{self.host.target} config"
-        if self.lease.access is not Access.EXCLUSIVE:
-            raise NotSupported("only an exclusive lease may write", operation="write",
-                               target=target)  # fmt: skip
-        if offset < pci_regs.STD_HEADER_SIZE and offset + count > pci_regs.COMMAND:
-            raise BadAccess(
-                f"{count} bytes at {offset:#x} touch the header, which belongs to the keeper",
-                operation="write",
-                target=target,
-                hint="command register and base addresses are set up when the function is opened",
-            )
-
-    async def _unmask(self, request: wire.Unmask, _: list[int]) -> None:
-        if self.host.irq_index is IrqIndex.INTX and self.lease.grant.vectors:
-            await self.host.call(self.host.backend.unmask_intx)
-        self.connection.send(wire.Done(seq=request.seq))
-
-    def _check_region(self, index: int, offset: int, count: int) -> None:
-        regions = self.host.backend.regions
-        identity = self.lease.mediated is not None and index == CONFIG_REGION
-        if not self.lease.claimed and not identity:
-            raise NotSupported("a lease without channels has no registers", operation="access")
-        if index >= len(regions) or offset + count > regions[index].size:
-            raise BadAccess(
-                f"{count} bytes at {offset:#x} of region {index}",
-                operation="access",
-                target=str(self.host.target),
-            )
-
-    async def _command(self, request: wire.Command, _: list[int]) -> None:
-        self._require_direct("command", "commands act on channels of one's own")
-        self.host.require_driver("command")
-        channels = self.lease.channels
-
-        def carry_out() -> object:
-            commands = self.host.driver.commands()
-            found = commands.get(request.name)
-            if found is None:
-                raise NotSupported(
-                    f"driver {self.host.facts.name} has no command {request.name!r}",
-                    operation="command",
-                    target=str(self.host.target),
-                    hint=f"it has: {', '.join(sorted(commands)) or 'none'}",
-                )
-            try:
-                return found(channels, **request.args)
-            except (TypeError, ValueError) as error:
-                raise UsageError(str(error), operation=f"command {request.name}") from error
-
-        value = await self.host.drive(COMMAND_DEADLINE, carry_out)
-        self.connection.send(wire.Result(seq=request.seq, value=value))
-
-    async def _reset(self, request: wire.Reset, _: list[int]) -> None:
-        host = self.host
-        if not self.lease.claimed:
-            raise NotSupported("a lease without channels cannot reset", operation="reset")
-        async with host.starting:
-            if not host.usable.is_set():
-                # Setting the function up again would turn bus mastering on under a dead lease
-                # that is not proven quiet.
-                raise Busy(
-                    "a dead lease is being quieted", operation="reset", target=str(host.target)
-                )
-            host.require_driver("reset")
-            host.disturbed += 1
-            await host.call(host.reset)
-            try:
-                await host.drive(COMMAND_DEADLINE, host.reconnect)
-            finally:
-                # Told after the fact: who starts its channels anew upon this must not lose them.
-                self.keeper.announce("reset", "another lease reset the function", but=self.lease)
         self.connection.send(wire.Done(seq=request.seq))
 
     async def _ps(self, request: wire.Ps, _: list[int]) -> None:

@@ -43,9 +43,9 @@ from holdfast.keeper.function import FunctionHost
 from holdfast.keeper.held import FunctionProcess, Scope, find_handover
 from holdfast.keeper.journal import Contents, Corrupt, HostRecord, Journal, What
 from holdfast.keeper.map_state import REACHABLE, MapState
-from holdfast.keeper.memory import page_span
 from holdfast.keeper.process_memory import OwnMemory, ProcessMemory
 from holdfast.keeper.standby import Orders
+from holdfast.keeper.unmapping import page_span
 from holdfast.kernel import events
 from holdfast.values import Access, Iova, IrqIndex, LeaseId, Perm, Target
 
