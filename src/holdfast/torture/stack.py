@@ -132,6 +132,8 @@ class Stack:
 
     def _end_keeper(self) -> None:
         """The standby that was started here is gone; whoever keeps the function may not be."""
+        if not embedded.socket_path(Target.parse(self.target)).exists():
+            return  # they ended together, and to ask would start another one
         try:
             told = self.ps()
         except HoldfastError:
