@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from holdfast.dma.ledger import Quota
 from holdfast.keeper.admission import AllowList
-from holdfast.keeper.quiesce import Deadlines
+from holdfast.keeper.deadlines import Deadlines
 from holdfast.values import Policy
 
 
