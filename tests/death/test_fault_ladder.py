@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from holdfast.errors import DeviceGone, KeeperGone
-from holdfast.torture.outside import Machine, settle
+from holdfast.kernel import procfs
+from holdfast.torture.outside import settle
 
 pytestmark = [
     pytest.mark.usefixtures("clean"),
@@ -150,20 +151,22 @@ def test_an_engine_that_lies_without_an_iommu_defeats_every_software(
 def test_a_function_that_is_pulled_out_takes_nothing_with_it(
     scene: Callable[..., Any], target: str, arena: tuple[str, ...]
 ) -> None:
-    before = Machine.look()
     stage = scene(target, *SHORT, *arena, "--test-faults", "unplug@2")
     stage.fill_card()
-    keeper, function = stage.stack.pids()
+    told = stage.stack.ps()
+    keeper, function = told["keeper"], told["function"]
     with stage.innocent() as innocent:
         innocent.take()
+        files = procfs.memfds_of(keeper).keys()
         stage.kill_in_mid_dma()
         assert settle(lambda: os.path.exists(f"/proc/{function}"), goal=0, timeout=LONG) == 0
         assert innocent.foreign() == 0
         with pytest.raises((DeviceGone, KeeperGone)):
             innocent.device.alloc(1 << 20)
     assert settle(lambda: _alive(keeper), goal=0, timeout=LONG) == 0
-    assert settle(lambda: Machine.look().files.keys() - before.files.keys() != set(),
-                  goal=0, timeout=LONG) == 0  # fmt: skip
+    assert settle(
+        lambda: len(files & procfs.memfds_named("holdfast-").keys()), goal=0, timeout=LONG
+    ) == 0  # fmt: skip
 
 
 def _alive(pid: int) -> bool:

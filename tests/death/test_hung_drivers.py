@@ -152,7 +152,7 @@ def test_a_function_that_does_not_answer_holds_up_nobody_who_does_not_need_it(
     serve: Callable[..., Stack],
 ) -> None:
     stack = serve("emu:xdma?memory=1M", "--arena", "16M")
-    _, function = stack.pids()
+    function = stack.ps()["function"]
     openers = [holdfast.open(stack.target, timeout=LONG) for _ in range(4)]
     others = holdfast.open(stack.target, channels=0, timeout=LONG)
     with ThreadPoolExecutor(len(openers)) as pool:
