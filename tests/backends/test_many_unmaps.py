@@ -124,3 +124,15 @@ def test_one_by_one_goes_on_after_an_error() -> None:
         return size
 
     assert one_by_one(unmap, [(BASE, 1), (Iova(BASE + 1), 2)]) == [refused, 2]
+
+
+def test_one_by_one_loses_no_outcome_to_a_fault_of_the_backend() -> None:
+    def unmap(iova: Iova, size: int) -> int:
+        if iova != BASE:
+            raise ZeroDivisionError("a fault")
+        return size
+
+    first, second = one_by_one(unmap, [(BASE, 1), (Iova(BASE + 1), 2)])
+    assert first == 1
+    assert isinstance(second, HoldfastError)
+    assert "ZeroDivisionError: a fault" in second.what

@@ -22,4 +22,7 @@ def one_by_one(
             outcomes.append(unmap(iova, size))
         except HoldfastError as error:
             outcomes.append(error)
+        except Exception as error:  # noqa: BLE001 - what is gone already must not be lost with it
+            said = f"{type(error).__name__}: {error}"
+            outcomes.append(HoldfastError(said, operation="unmap"))
     return outcomes
