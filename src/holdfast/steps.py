@@ -85,6 +85,16 @@ STEPS: Final[dict[str, str]] = {
     "keeper.relay_answered": "the function was answered; that is not written down",
     "keeper.relay_noted": "it is written down; the request is still in the socket",
     "keeper.relay_taken": "its request was taken from the socket",
+    # the keeper, posting for clients
+    "keeper.mediation.check": "a batch was copied and checked; nothing of it is written down",
+    "keeper.mediation.accept": "what was accepted is written down; the ring still has it",
+    "keeper.mediation.consume": "it is taken from the client's ring; nothing is posted",
+    "keeper.mediation.post": "it is posted to the function",
+    "keeper.mediation.told": "what has finished is told and taken from the table",
+    "keeper.mediation.put": "ends are in the completion ring; nothing says so",
+    "keeper.mediation.produce": "they are counted in the keeper's memory; the client cannot see",
+    "keeper.mediation.publish": "the client can see them; its doorbell was not rung",
+    "keeper.mediation.reinstate": "a successor has a channel's table back; nothing is posted anew",
     # the keeper, after a death
     "keeper.death.frozen": "a dead client's lease is frozen",
     "keeper.death.quiet": "its memory cannot be written any more; nothing was given back",

@@ -49,6 +49,8 @@ _IN_PLACE = frozenset({"client.pin.reserved", "client.pin.placed"})
 _OF_SUCCESSION = frozenset({"keeper.adopting", "keeper.adopted"})
 _OF_DEATH = frozenset(name for name in STEPS if name.startswith("keeper.death."))
 _OF_RELAYS = frozenset(name for name in STEPS if name.startswith("keeper.relay_"))
+_OF_MEDIATION = frozenset(name for name in STEPS if name.startswith("keeper.mediation."))
+"""No unit of a plan is mediated yet: a client's life there is another one."""
 _OF_MAPS = frozenset(name for name in STEPS if name.startswith("keeper.alloc."))
 """An arena is mapped once, as a whole: no slab of it is."""
 _OF_ANCHOR = frozenset(name for name in STEPS if name.startswith("keeper.anchor."))
@@ -125,6 +127,8 @@ def steps_of(wanted: Wanted) -> list[str]:
         role = name.partition(".")[0]
         if target.scheme != "pci" and name in _IN_PLACE:
             continue  # relayed pins are the keeper's own doing
+        if name in _OF_MEDIATION:
+            continue
         if target.scheme == "pci" and name in _OF_RELAYS:
             continue  # a card reaches pinned memory by itself
         if role == "function" and target.scheme != "emu":
