@@ -163,6 +163,8 @@ def test_a_mediated_lease_has_no_registers_channels_or_commands(xdma: Stack) -> 
 
 def test_direct_and_mediated_leases_exclude_each_other(serve: Callable[..., Stack]) -> None:
     stack = serve("emu:xdma?channels=2")
+    with pytest.raises(UsageError):
+        holdfast.open(stack.target, access="mediated", channels=1)
     with mediated(stack):
         for access in ("shared", "exclusive"):
             with pytest.raises(Busy):
@@ -204,11 +206,6 @@ def test_the_keeper_s_own_lease_names_the_keeper_and_leaves_no_descriptor(xdma: 
             assert own[-1]["state"] == "alive"
         assert settle(living, goal=0, timeout=LONG) == 0
     assert settle(lambda: max(0, descriptors() - before), goal=0, timeout=LONG) == 0
-
-
-def test_channels_cannot_be_asked_for(xdma: Stack) -> None:
-    with pytest.raises(UsageError):
-        holdfast.open(xdma.target, access="mediated", channels=1, timeout=LONG)
 
 
 def test_a_driver_that_cannot_post_for_others_says_so(serve: Callable[..., Stack]) -> None:
