@@ -27,7 +27,7 @@ from holdfast.errors import (
 )
 from holdfast.keeper.client import LeaseClient, close_all, expect
 from holdfast.keeper.opening import connect
-from holdfast.kernel import events, memfd
+from holdfast.kernel import events, memfd, procfs
 from holdfast.kernel.mapping import Mapping
 from holdfast.mediated import Batch, MediatedEngine
 from holdfast.torture.outside import settle
@@ -163,6 +163,8 @@ def test_a_mediated_lease_has_no_registers_channels_or_commands(xdma: Stack) -> 
 
 def test_direct_and_mediated_leases_exclude_each_other(serve: Callable[..., Stack]) -> None:
     stack = serve("emu:xdma?channels=2")
+    with pytest.raises(UsageError):
+        holdfast.open(stack.target, access="mediated", channels=1)
     with mediated(stack):
         for access in ("shared", "exclusive"):
             with pytest.raises(Busy):
@@ -186,9 +188,24 @@ def test_clients_come_while_the_last_one_goes(xdma: Stack) -> None:
         list(pool.map(come_and_go, range(2)))
 
 
-def test_channels_cannot_be_asked_for(xdma: Stack) -> None:
-    with pytest.raises(UsageError):
-        holdfast.open(xdma.target, access="mediated", channels=1, timeout=LONG)
+def test_the_keeper_s_own_lease_names_the_keeper_and_leaves_no_descriptor(xdma: Stack) -> None:
+    def descriptors() -> int:
+        return len(procfs.open_descriptors(xdma.ps()["keeper"]))
+
+    def living() -> int:
+        return sum(lease["state"] != "released" for lease in xdma.ps()["leases"])
+
+    with mediated(xdma):
+        pass
+    assert settle(living, goal=0, timeout=LONG) == 0
+    before = descriptors()
+    for _ in range(3):
+        with mediated(xdma):
+            told = xdma.ps()
+            own = [lease for lease in told["leases"] if lease["pid"] == told["keeper"]]
+            assert own[-1]["state"] == "alive"
+        assert settle(living, goal=0, timeout=LONG) == 0
+    assert settle(lambda: max(0, descriptors() - before), goal=0, timeout=LONG) == 0
 
 
 def test_a_driver_that_cannot_post_for_others_says_so(serve: Callable[..., Stack]) -> None:
@@ -293,13 +310,18 @@ def test_two_clients_that_flood_get_equal_shares(serve: Callable[..., Stack]) ->
     with mediated(stack) as first, mediated(stack) as second:
         large, small = first.alloc(1 << 20), second.alloc(64 << 10)
         pieces = [
-            [first.dma.to_card(large) for _ in range(128)],
+            [first.dma.to_card(large) for _ in range(768)],
             [second.dma.to_card(small) for _ in range(1000)],
         ]
-        assert settle(lambda: int(not pieces[1][700].done), goal=0, timeout=LONG) == 0
-        done = [sum(transfer.done for transfer in each) for each in pieces]
-        moved = [done[0] * (1 << 20), done[1] * (64 << 10)]
-        assert 0.5 < moved[0] / moved[1] < 2
+
+        def moved() -> list[int]:
+            done = [sum(transfer.done for transfer in each) for each in pieces]
+            return [done[0] << 20, done[1] << 16]
+
+        before = moved()
+        assert settle(lambda: int(moved()[1] < before[1] + (40 << 20)), goal=0, timeout=LONG) == 0
+        shares = [now - then for now, then in zip(moved(), before, strict=True)]
+        assert 0.5 < shares[0] / shares[1] < 2, shares
 
 
 def test_a_quota_bounds_the_requests_in_flight(serve: Callable[..., Stack]) -> None:
@@ -360,14 +382,12 @@ def test_scribbling_over_the_rings_reaches_nobody_else(xdma: Stack) -> None:
             if kind == 0:
                 hostile.words[:] = random.integers(0, 1 << 64, len(hostile.words), np.uint64)
             else:
-                numbers = random.integers(0, slab + 3, DEPTH).astype(np.uint64)
-                end._records[:, 1] = random.integers(0, 4, DEPTH).astype(np.uint64) | (
-                    numbers << np.uint64(32)
-                )
-                end._records[:, 2:5] = random.choice(
+                end._records[:, 1] = random.integers(0, 4, DEPTH)
+                end._records[:, 2] = random.integers(0, slab + 3, DEPTH)
+                end._records[:, 3:6] = random.choice(
                     np.array([0, 64, 4096, 1 << 30, (1 << 64) - 4096], np.uint64), (DEPTH, 3)
                 )
-                end._records[:, 5:] = 0
+                end._records[:, 6:] = 0
                 end._words[0] = (end._words[0] + int(random.integers(1, DEPTH))) & ((1 << 64) - 1)
             if kind == 3:
                 memfd.punch(hostile.ring_fd, 0, RING_BYTES)

@@ -178,8 +178,8 @@ def submit(shared: Shared, first: int) -> None:
     """Requests of both directions, every fifth one bad. The card address tells which one it is."""
     number = np.arange(REQUESTS, dtype=np.uint64)
     rows = rings.records(Op.TO_CARD, 7, number * 64, 64, number * 64)
-    rows[1::2, 1] = int(Op.FROM_CARD) | 7 << 32
-    rows[4::5, 1] = int(Op.TO_CARD) | 8 << 32
+    rows[1::2, 1] = int(Op.FROM_CARD)
+    rows[4::5, 2] = 8
     rows[:, 0] = number + np.uint64(first)
     shared.client.submit(rows)
     os.eventfd_write(shared.submit, 1)

@@ -211,8 +211,8 @@ class Mediation(SharedChannels):
         house = self.house
         if house is None or not house.alive:
             return
-        self._end_thread()
         self._scope.drop(STATE)
+        self._end_thread()
         house.signal(hung_up=True, goodbye=True)
         self._moved_out.clear()
         self.keeper.end(house, "no mediated lease is left")
@@ -220,7 +220,9 @@ class Mediation(SharedChannels):
     def _lease_the_function(self) -> Lease:
         """The whole function for nobody but the keeper. Raises Busy if others have any of it."""
         channels = self.host.claim(Access.EXCLUSIVE, None)
-        peer = pidfd.Peer(os.getpid(), os.getuid(), os.getgid(), pidfd.open_self())
+        peer = pidfd.Peer(
+            pid=os.getpid(), uid=os.getuid(), gid=os.getgid(), pidfd=pidfd.open_self()
+        )
         lease = self.keeper.new_lease(peer)
         lease.machine = Machine(Policy.DRAIN)
         lease.claimed = True

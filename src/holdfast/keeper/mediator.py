@@ -53,8 +53,7 @@ from holdfast.wire.rings import BufferTable, Checked, Op, Status, U64s
 TURN_REQUESTS: Final = 256
 TURN_BYTES: Final = 2 << 20
 """What a client may post before it is the next one's turn."""
-WINDOW_REQUESTS: Final = 768
-"""How many requests may be on their way in one direction; bytes: ``Running.window``."""
+WINDOW_REQUESTS: Final = 768  # on their way in one direction; for bytes: Running.window
 ROUNDS: Final = 8  # turns between two looks at what has finished
 POLL: Final = 0.001  # seconds between two looks at a lane without an interrupt
 _TO_CARD: Final = np.uint64(Op.TO_CARD)

@@ -16,7 +16,7 @@ once (:func:`check`). No word says how much the client has read: a client has at
 :data:`DEPTH` requests that it has not seen the end of, so the completions find room; those of a
 client that cheats overwrite each other, which is its own loss.
 
-Cost. Records are 64 bytes although 40 are used; x86-64 only, because the two words rely on stores
+Cost. Records are 64 bytes although 48 are used; x86-64 only, because the two words rely on stores
 becoming visible in order.
 """
 
@@ -42,13 +42,13 @@ several requests."""
 SUBMISSION = np.dtype(
     [
         ("tag", "<u8"),
-        ("op", "<u2"),
-        ("flags", "<u2"),
-        ("buffer", "<u4"),
+        ("op", "<u4"),
+        ("flags", "<u4"),
+        ("buffer", "<u8"),
         ("offset", "<u8"),
         ("nbytes", "<u8"),
         ("card", "<u8"),
-        ("reserved", "<u8", (3,)),
+        ("reserved", "<u8", (2,)),
     ]
 )
 """A request. ``tag`` is the client's and comes back with the completion; ``buffer`` is the number
@@ -71,7 +71,6 @@ RING_BYTES: Final = _COMPLETIONS_AT + COMPLETIONS * COMPLETION.itemsize
 assert RING_BYTES % 4096 == 0
 
 _MASK: Final = (1 << 64) - 1
-_LOW32: Final = np.uint64(0xFFFF_FFFF)
 _ONE: Final = np.uint64(1)
 _TWO: Final = np.uint64(2)
 _SHIFT: Final = np.uint64(32)
@@ -230,9 +229,8 @@ def check(records: U64s, buffers: BufferTable, limits: Limits) -> Checked:
     case costs one pass over the columns; why a record is bad is found out only if one is.
     """
     columns = np.ascontiguousarray(records.T)
-    tags, head, offset, nbytes, card = columns[:5]
-    op = head & _LOW32  # with the flags above it, which must be 0
-    place, known, size = buffers.find(head >> _SHIFT)
+    tags, op, buffer, offset, nbytes, card = columns[:6]  # op with the flags, which must be 0
+    place, known, size = buffers.find(buffer)
     room = limits.card_end - limits.card_first
     most = np.uint64(max(0, min(MAX_BYTES, room)))
     inside = (nbytes - _ONE < most) & (nbytes <= size) & (offset <= size - nbytes)
@@ -245,8 +243,8 @@ def check(records: U64s, buffers: BufferTable, limits: Limits) -> Checked:
         good &= ((offset | nbytes | card) & np.uint64(limits.align - 1)) == 0
     if not buffers.all_writable:
         good &= buffers.writable(place) | (op != Op.FROM_CARD)
-    if columns[5:].any():
-        good &= ~columns[5:].any(axis=0)
+    if columns[6:].any():
+        good &= ~columns[6:].any(axis=0)
     checked = Checked(tags, op, place, offset, nbytes, card, None)
     if good.all():
         return checked
@@ -260,12 +258,12 @@ def _reasons(
     columns: U64s, found: Checked, buffers: BufferTable, limits: Limits
 ) -> npt.NDArray[np.uint32]:
     """Why each record is bad; the first reason that applies, in the order of :class:`Status`."""
-    _, known, size = buffers.find(columns[1] >> _SHIFT)
+    _, known, size = buffers.find(columns[2])
     offset, nbytes, card = found.offset, found.nbytes, found.card
     first, end = np.uint64(limits.card_first), np.uint64(limits.card_end)
     outside = (card < first) | (card > end) | (nbytes > end - np.minimum(card, end))
     reasons: list[tuple[Status, npt.NDArray[np.bool_]]] = [
-        (Status.BAD_OP, (found.op - _ONE >= _TWO) | columns[5:].any(axis=0)),
+        (Status.BAD_OP, (found.op - _ONE >= _TWO) | columns[6:].any(axis=0)),
         (Status.FOREIGN, ~known),
         (
             Status.OUT_OF_BOUNDS,
@@ -394,10 +392,11 @@ def records(
     """Records of requests of one kind on one buffer; the tags are left 0."""
     offsets = np.asarray(offset, np.uint64)
     rows = np.zeros((len(offsets), WORDS), np.uint64)
-    rows[:, 1] = np.uint64(int(op) | buffer << 32)
-    rows[:, 2] = offsets
-    rows[:, 3] = nbytes
-    rows[:, 4] = card
+    rows[:, 1] = np.uint64(op)
+    rows[:, 2] = np.uint64(buffer)
+    rows[:, 3] = offsets
+    rows[:, 4] = nbytes
+    rows[:, 5] = card
     return rows
 
 
