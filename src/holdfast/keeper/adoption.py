@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from typing import TYPE_CHECKING
 
+from holdfast.errors import HoldfastError
+from holdfast.keeper.aftermath import give_channels_back
 from holdfast.keeper.connection import Connection
 from holdfast.keeper.held import find_handover
 from holdfast.keeper.journal import Contents, Corrupt, Stage, What
 from holdfast.keeper.lease import HeldPin, HeldSlab, Lease
 from holdfast.keeper.map_state import REACHABLE, MapState
+from holdfast.keeper.proving import Proving
 from holdfast.keeper.unmapping import page_span
 from holdfast.kernel import pidfd
 from holdfast.values import LeaseId
@@ -31,7 +35,7 @@ def adopt_leases(keeper: Keeper, contents: Contents) -> None:
     _adopt_pins(keeper, contents, leases)
     _forget_rest(keeper, contents)
     if not keeper.host.usable.is_set():
-        keeper.host.keep(keeper.reconnect_if_free())
+        keeper.host.keep(_reconnect_if_free(keeper))
     keeper.mediation.adopt(leases)
     for lease in leases.values():
         _go_on(keeper, lease, contents)
@@ -111,7 +115,9 @@ def _go_on(keeper: Keeper, lease: Lease, contents: Contents) -> None:
         ]
         keeper.continuity.scope.drop(f"lease/{lease.number}/pidfd")
         os.close(lease.peer.pidfd)
-        keeper.resume_withheld(lease, ranges)
+        deadlines = keeper.settings.deadlines
+        proving = Proving(lease, keeper.host, keeper.desk, deadlines, keeper, ranges)
+        keeper.host.keep(give_channels_back(proving))
         return
     keeper.leases[lease.number] = lease
     if lease is keeper.mediation.house:
@@ -128,3 +134,14 @@ def _go_on(keeper: Keeper, lease: Lease, contents: Contents) -> None:
     keeper.watch_client(lease)
     if held is not None:
         keeper.attend_again(lease, Connection(socket.socket(fileno=held[0][0]), keeper.traffic))
+
+
+async def _reconnect_if_free(keeper: Keeper) -> None:
+    """A predecessor was killed with bus mastering off: who lives must know, and go on."""
+    keeper.announce("isolated", "bus mastering was off when the keeper was killed", but=None)
+    if keeper.dying:
+        return  # the last of them turns it on
+    try:
+        await keeper.host.restore(keeper.settings.deadlines.reset)
+    except HoldfastError as error:
+        sys.stderr.write(f"holdfast: {keeper.host.target} is not usable again: {error}\n")

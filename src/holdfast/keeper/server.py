@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import os
 import socket
-import sys
 import time
 from collections import deque
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 from holdfast import steps
 from holdfast.dma.ledger import Ledger
 from holdfast.errors import (
-    HoldfastError,
     NoPermission,
     ProtocolError,
     QuarantineFull,
@@ -32,7 +30,6 @@ from holdfast.errors import (
 )
 from holdfast.keeper import admission
 from holdfast.keeper.adoption import adopt_leases
-from holdfast.keeper.aftermath import give_channels_back
 from holdfast.keeper.anchor_link import AnchorLink
 from holdfast.keeper.connection import Connection, Traffic
 from holdfast.keeper.continuity import Inherited
@@ -43,14 +40,13 @@ from holdfast.keeper.journal import Stage
 from holdfast.keeper.lease import Lease
 from holdfast.keeper.mediation import Mediation
 from holdfast.keeper.memory import MemoryDesk
-from holdfast.keeper.proving import Proving
 from holdfast.keeper.quiesce import Quiesce
 from holdfast.keeper.session import Session
 from holdfast.keeper.settings import Settings
 from holdfast.keeper.state import Machine, State
 from holdfast.keeper.unit import Unit
 from holdfast.kernel import pidfd, procfs
-from holdfast.values import Access, Iova, LeaseId
+from holdfast.values import Access, LeaseId
 from holdfast.wire import lease as wire
 
 __all__ = ["Keeper", "Settings"]
@@ -392,24 +388,14 @@ class Keeper:
         else:
             self.journal.end_lease(lease.number)
 
-    def resume_withheld(self, lease: Lease, ranges: list[tuple[Iova, int]]) -> None:
-        """Go on waiting for a lease's channels and IOVAs, which a predecessor withheld."""
-        proving = Proving(lease, self.host, self.desk, self.settings.deadlines, self, ranges)
-        self.host.keep(give_channels_back(proving))
+    @property
+    def dying(self) -> bool:
+        """Whether a lease is on its way through the death protocol."""
+        return bool(self._deaths)
 
     def watch_client(self, lease: Lease) -> None:
         """Notice the death of a lease's process."""
         self._loop.add_reader(lease.peer.pidfd, self._died, lease)
-
-    async def reconnect_if_free(self) -> None:
-        """A predecessor was killed with bus mastering off: who lives must know, and go on."""
-        self.announce("isolated", "bus mastering was off when the keeper was killed", but=None)
-        if self._deaths:
-            return  # the last of them turns it on
-        try:
-            await self.host.restore(self.settings.deadlines.reset)
-        except HoldfastError as error:
-            sys.stderr.write(f"holdfast: {self.host.target} is not usable again: {error}\n")
 
     def attend_again(self, lease: Lease, connection: Connection) -> None:
         """Go on serving a client of a predecessor, once what was begun for it is undone."""
