@@ -7,6 +7,7 @@ lease, or those of many leases that die together, go in the time of one.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Final
 
@@ -43,6 +44,8 @@ def unmap_many(
                 memory.remove(iova)
                 outcomes.append(unmapped)
             except HoldfastError as error:
+                if error.errno == errno.ENOENT:
+                    memory.remove(iova)  # a predecessor was killed before the server had it
                 outcomes.append(error)
     return outcomes
 

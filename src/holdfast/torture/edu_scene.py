@@ -32,7 +32,7 @@ from holdfast.regs import edu as regs
 from holdfast.regs.view import RegisterView
 from holdfast.torture.actors import Child, spawn
 from holdfast.torture.edu_actors import engine_of
-from holdfast.torture.stack import STOP_TIMEOUT, Stack
+from holdfast.torture.stack import STOP_TIMEOUT, Stack, kill_tree
 from holdfast.values import Target
 
 DEV = Path("/dev")
@@ -108,11 +108,16 @@ class WarmStack(Stack):
     def keeper_pid(self) -> int:
         if self._child is None:
             raise HoldfastError("the stack is not running", operation="stack")
-        return self._child.pid
+        return int(self.ps()["keeper"])
 
     def kill(self) -> int:
-        """SIGKILL the keeper; returns CLOCK_MONOTONIC nanoseconds of the kill. Reaps nothing."""
-        os.kill(self.keeper_pid, signal.SIGKILL)
+        """SIGKILL the keeper, its anchor and its standby: none is left to succeed it.
+
+        Returns CLOCK_MONOTONIC nanoseconds of the kill. Reaps nothing.
+        """
+        if self._child is None:
+            raise HoldfastError("the stack is not running", operation="stack")
+        kill_tree(self._child.pid)
         return time.monotonic_ns()
 
     def lease(self, number: int) -> dict[str, Any]:

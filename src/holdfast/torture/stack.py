@@ -107,14 +107,9 @@ class Stack:
 
     def kill_all(self) -> None:
         """SIGKILL everything at once: keeper, anchor, standby and function."""
-        if self._standby is None:
-            return
-        every = [self._standby.pid, *procfs.descendants(self._standby.pid)]
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # so that none starts another one meanwhile
-            for pid in every:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
-        self._standby.wait()
+        if self._standby is not None:
+            kill_tree(self._standby.pid)
+            self._standby.wait()
 
     def _clean(self) -> None:
         if self._standby is not None:
@@ -148,3 +143,15 @@ class Stack:
             if not pidfd.await_death(fd, STOP_TIMEOUT):
                 pidfd.kill(fd)
             os.close(fd)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a standby and everything below it at once: keeper, anchor and function.
+
+    Reaps nothing.
+    """
+    every = [pid, *procfs.descendants(pid)]
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # so that none starts another one meanwhile
+        for each in every:
+            with suppress(ProcessLookupError):
+                os.kill(each, number)
