@@ -32,6 +32,7 @@ from holdfast.kernel.pci_sysfs import PciFunction
 from holdfast.regs import edu
 from holdfast.torture import actors
 from holdfast.torture.outside import settle
+from holdfast.torture.stack import kill_tree
 from holdfast.values import Access, Target
 from holdfast.wire import lease as wire
 
@@ -104,12 +105,16 @@ def there_and_back(device: Device, seed: int) -> bool:
     return bool((source.array == into.array).all())
 
 
-def keeper_of(target: str) -> int:
+def told_of(target: str) -> dict[str, Any]:
     client = connect(Target.parse(target))
     try:
-        return int(client.ps()["keeper"])
+        return client.ps()
     finally:
         client.close()
+
+
+def keeper_of(target: str) -> int:
+    return int(told_of(target)["keeper"])
 
 
 # -- one keeper for a group ------------------------------------------------------------
@@ -294,12 +299,31 @@ def test_a_removed_function_comes_back_with_a_rescan(lone: PciFunction) -> None:
 # -- what a dead keeper leaves ------------------------------------------------------------
 
 
+def test_a_client_goes_on_while_its_keeper_is_killed_in_the_middle_of_a_transfer(
+    lone: PciFunction,
+) -> None:
+    target = target_of(lone)
+    with open_it(target) as device:
+        before = told_of(target)
+        source, into = device.alloc(2048), device.alloc(2048)
+        source.array[:] = np.arange(2048) % 251
+        transfer = device.dma.to_card(source)
+        os.kill(before["keeper"], signal.SIGKILL)
+        transfer.wait(PATIENCE)
+        device.dma.from_card(into).wait(PATIENCE)
+        assert np.array_equal(into.array, source.array)
+        after = told_of(target)
+        assert after["keeper"] != before["keeper"]
+        assert after["successions"] == 1
+        assert after["unaccounted_bytes"] == 0
+
+
 def test_a_client_of_a_keeper_that_dies_lets_go_so_that_the_next_one_can_come(
     lone: PciFunction,
 ) -> None:
     target = target_of(lone)
     device = open_it(target)
-    os.kill(keeper_of(target), signal.SIGKILL)
+    kill_tree(told_of(target)["standby"])  # keeper and anchor with it: there is no successor
     gone: Callable[[], int] = lambda: int(not device.closed)  # noqa: E731
     assert settle(gone, goal=0, timeout=PATIENCE) == 0
     with pytest.raises(HoldfastError):

@@ -28,6 +28,7 @@ from holdfast.kernel import hugetlb, pci_sysfs
 from holdfast.regs import edu
 from holdfast.torture import actors
 from holdfast.torture.outside import settle
+from holdfast.torture.stack import kill_tree
 from holdfast.values import Bdf, Target
 
 pytestmark = pytest.mark.guest
@@ -94,14 +95,14 @@ def test_memory_outlives_keeper_and_client_until_the_next_keeper_has_seen_the_ca
         buffer = card.alloc(3 << 20)
         lent = connect(Target.parse(target))
         card.dma.from_card(card.alloc(2048))
-        os.write(writing, int(lent.ps()["keeper"]).to_bytes(8, "little"))
+        os.write(writing, int(lent.ps()["standby"]).to_bytes(8, "little"))
         assert buffer.nbytes
         signal.pause()
 
     child = actors.spawn(client)
-    keeper = int.from_bytes(child.read(8, PATIENCE), "little")
-    assert keeper
-    os.kill(keeper, signal.SIGKILL)
+    standby = int.from_bytes(child.read(8, PATIENCE), "little")
+    assert standby
+    kill_tree(standby)  # and so the keeper and its anchor: none is left to succeed it
     child.kill()
     child.reap()
 
