@@ -231,35 +231,51 @@ class Anchor:
 class Store:
     """systemd's descriptor store (sd_notify(3), FDSTORE), if this is a service that has one.
 
-    Notes have no place there: they are kept in a file of their own among the descriptors.
+    Each descriptor has a name of its own there, ``key#place``. Notes have no place in it: they are
+    in a file among the descriptors, ``notes-N``, which is written anew, as N + 1, when most of it
+    is out of date.
     """
 
     def __init__(self, address: str) -> None:
-        self.sock: socket.socket | None = None
-        if not address:
-            return
         self.address = "\0" + address[1:] if address.startswith("@") else address
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.notes = os.memfd_create("holdfast-notes", os.MFD_CLOEXEC)
-        self._tell(b"FDSTORE=1\nFDNAME=notes\nFDPOLL=0", [self.notes])
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
+        self.counts: dict[bytes, int] = {}
+        self.texts: dict[bytes, bytes] = {}
+        self.file = -1
+        self.generation = 0
 
     def put(self, key: bytes, note: bytes, fds: list[int]) -> None:
-        if self.sock is not None:
-            self._tell(b"FDSTOREREMOVE=1\nFDNAME=" + key)
-            os.write(self.notes, struct.pack("<II", len(key), len(note)) + key + note)
-            self._tell(b"FDSTORE=1\nFDPOLL=0\nFDNAME=" + key, fds)
+        if self.sock is None or b"/" not in key:  # what starts a keeper is not worth keeping
+            return
+        self.remove(key)
+        self.texts[key] = struct.pack("<II", len(key), len(note)) + key + note
+        self._write(self.texts[key])
+        self.counts[key] = len(fds)
+        for place, fd in enumerate(fds):
+            self._tell(b"FDSTORE=1\nFDPOLL=0\nFDNAME=%b#%d" % (key, place), [fd])
 
     def remove(self, key: bytes) -> None:
-        if self.sock is not None:
-            self._tell(b"FDSTOREREMOVE=1\nFDNAME=" + key)
+        self.texts.pop(key, None)
+        for place in range(self.counts.pop(key, 0)):
+            self._tell(b"FDSTOREREMOVE=1\nFDNAME=%b#%d" % (key, place))
+
+    def _write(self, text: bytes) -> None:
+        needed = sum(map(len, self.texts.values()))
+        if self.file >= 0 and os.fstat(self.file).st_size < 4 * needed + 65536:
+            os.write(self.file, text)
+            return
+        old, self.file = self.file, os.memfd_create("holdfast-notes", os.MFD_CLOEXEC)
+        os.write(self.file, b"".join(self.texts.values()))
+        self.generation += 1
+        self._tell(b"FDSTORE=1\nFDPOLL=0\nFDNAME=notes-%d" % self.generation, [self.file])
+        self._tell(b"FDSTOREREMOVE=1\nFDNAME=notes-%d" % (self.generation - 1))
+        close_all([old])
 
     def _tell(self, text: bytes, fds: list[int] | None = None) -> None:
-        assert self.sock is not None
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        with contextlib.suppress(
-            OSError
-        ):  # its store may be full: the anchor holds it all the same
-            self.sock.sendmsg([text], rights, 0, self.address)
+        if self.sock is not None:
+            with contextlib.suppress(OSError):  # it may be full: this process holds it all the same
+                self.sock.sendmsg([text], rights, 0, self.address)
 
 
 def close_all(fds: list[int]) -> None:

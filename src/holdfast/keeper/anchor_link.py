@@ -116,6 +116,32 @@ class AnchorLink:
             self.pidfd = os.pidfd_open(self.pid)
         return self
 
+    @classmethod
+    def revive(
+        cls, standby: socket.socket, command: Sequence[str], guard: Guard, items: dict[str, Item]
+    ) -> None:
+        """Start an anchor that holds ``items``, and leave it as a killed keeper would.
+
+        It orders a successor of ``standby``, the other end of which is this process's.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs.close()
+        self = cls(ours, guard)
+        with standby:
+            self._items = {
+                "command": Item(json.dumps(list(command)).encode(), ()),
+                "standby": Item(str(os.getpid()).encode(), (standby.fileno(),)),
+                **items,
+            }
+            ours.close()
+            self._spawn()
+            for key, item in self._items.items():
+                self._await(self._send(b"P", key.encode() + b"\0" + item.note, item.fds))
+            self._sock.close()
+        if self._process is not None:
+            self._process.returncode = 0  # the standby reaps it
+        os.close(self.pidfd)
+
     # -- what is held ------------------------------------------------------------
 
     def items(self, prefix: str = "") -> dict[str, Item]:

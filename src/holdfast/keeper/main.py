@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from holdfast import backends
 from holdfast.dma.iova import IovaSpace
 from holdfast.errors import DeviceGone, HoldfastError, SystemFailure
-from holdfast.keeper import embedded, standby
+from holdfast.keeper import descriptor_store, embedded, standby
 from holdfast.keeper.anchor_link import AnchorLink, Guard
 from holdfast.keeper.bringing_up import bring_up
 from holdfast.keeper.continuity import Inherited
@@ -62,49 +63,72 @@ def run(service: Service) -> None:
     The calling process becomes the standby and never returns from here; the keeper, its child,
     does. Call it with one thread only.
     """
-    listener = None
-    if service.standby_fd is None:
+    anchor = _way_to_anchor(service)
+    listener = -1
+    if anchor is None:
         try:
-            listener = _listen(service, service.target)
+            listener = _listen(service, service.target).detach()
         except HoldfastError as error:
             _report(service.ready_fd, error)
             raise
     backends.warm(service.target)
-    anchor = None if service.standby_fd is None else socket.socket(fileno=service.standby_fd)
-    unneeded = [service.ready_fd] if service.ready_fd is not None else []
-    orders = standby.split(anchor, unneeded + ([listener.fileno()] if listener else []))
+    unneeded = [fd for fd in (service.ready_fd, listener) if fd is not None and fd >= 0]
+    orders = standby.split(anchor, unneeded)
     limits.raise_descriptors()
-    if orders.link is not None:
-        link = AnchorLink.inherit(orders.link, service.guard)
-        try:
-            asyncio.run(_Household(service, link, orders).serve())
-        except DeviceGone:
-            link.end()  # nothing is left that could write, and nothing to keep
-            raise
-        link.end()
-        return
-    assert listener is not None
+    if orders.link is None:
+        _begin(service, orders, socket.socket(fileno=listener))
+    else:
+        _go_on(service, orders, orders.link)
+
+
+def _way_to_anchor(service: Service) -> socket.socket | None:
+    """To an anchor that waits for a standby: one that runs, or one for what a service manager kept
+    of a keeper; None if there is nothing to go on with."""
+    if service.standby_fd is not None:
+        return socket.socket(fileno=service.standby_fd)
+    kept = descriptor_store.take(os.environ)
+    if not kept:
+        return None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    AnchorLink.revive(theirs, _command(service), service.guard, kept)
+    for item in kept.values():
+        for fd in item.fds:
+            os.close(fd)
+    return ours
+
+
+def _command(service: Service) -> tuple[str, ...]:
+    return service.command or (sys.executable, "-m", "holdfast", "serve", str(service.target))
+
+
+def _go_on(service: Service, orders: standby.Orders, sock: socket.socket) -> None:
+    """Be a successor."""
+    link = AnchorLink.inherit(sock, service.guard)
     try:
-        _begin(service, orders, listener)
-    except HoldfastError as error:
-        _report(service.ready_fd, error)
+        asyncio.run(_Household(service, link, orders, None).serve())
+    except DeviceGone:
+        link.end()  # nothing is left that could write, and nothing to keep
         raise
-    finally:
-        _abandon(listener)
+    link.end()
 
 
 def _begin(service: Service, orders: standby.Orders, listener: socket.socket) -> None:
     """Be the first keeper."""
     assert orders.standby is not None
-    command = service.command or (sys.executable, "-m", "holdfast", "serve", str(service.target))
-    link = AnchorLink.start(orders.standby, command, service.guard)
     try:
-        if service.ready_fd is not None:
-            link.put("ready", [service.ready_fd])
-        link.put("0/listener", [listener.fileno()])
-        asyncio.run(_Household(service, link, orders).serve())
+        link = AnchorLink.start(orders.standby, _command(service), service.guard)
+        try:
+            if service.ready_fd is not None:
+                link.put("ready", [service.ready_fd])
+            link.put("0/listener", [listener.fileno()])
+            asyncio.run(_Household(service, link, orders, listener).serve())
+        finally:
+            link.end()
+    except HoldfastError as error:
+        _report(service.ready_fd, error)
+        raise
     finally:
-        link.end()
+        _abandon(listener)
 
 
 def _listen(service: Service, target: Target) -> socket.socket:
@@ -136,8 +160,15 @@ def _report(fd: int | None, error: HoldfastError | None) -> None:
 class _Household:
     """The keepers of one isolation unit, on one loop, with one link to the anchor."""
 
-    def __init__(self, service: Service, link: AnchorLink, orders: standby.Orders) -> None:
+    def __init__(
+        self,
+        service: Service,
+        link: AnchorLink,
+        orders: standby.Orders,
+        listener: socket.socket | None,
+    ) -> None:
         self.service = service
+        self.listener = listener
         self.link = link
         self.orders = orders
         self.targets = [service.target, *backends.siblings(service.target)]
@@ -222,6 +253,8 @@ class _Household:
 
     def _listener(self, index: int) -> socket.socket:
         """Where clients come, and came to a predecessor."""
+        if index == 0 and self.listener is not None:
+            return self.listener
         held = self._scope(index).find("listener")
         if held is not None:
             return socket.socket(fileno=held[0][0])
