@@ -19,6 +19,7 @@ from hypothesis import settings
 
 from holdfast.keeper import embedded
 from holdfast.kernel import procfs
+from holdfast.torture.pool import compiled_once
 from holdfast.torture.stack import Stack
 
 # How long an example takes says more about the machine's other work than about what is tested.
@@ -42,6 +43,13 @@ def processes_of(directory: str) -> list[int]:
             if wanted in environment:
                 found.append(int(name))
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bytecode() -> Iterator[None]:
+    """Keepers and functions are started hundreds of times: not compiled each time."""
+    with compiled_once():
+        yield
 
 
 def children() -> set[int]:

@@ -14,7 +14,7 @@ import click
 from holdfast.errors import UsageError
 from holdfast.steps import ROLES
 from holdfast.torture.plan import Wanted, can_die, plan
-from holdfast.torture.pool import LOCAL, executor_of
+from holdfast.torture.pool import LOCAL, compiled_once, executor_of
 from holdfast.torture.run import (
     CONTROL_KILLS,
     Campaign,
@@ -93,7 +93,7 @@ def command(
         for unit in plan(wanted):
             click.echo(str(unit))
         return
-    with executor_of(where, workers) as executor:
+    with compiled_once(), executor_of(where, workers) as executor:
         if replay is not None:
             units = [Unit.parse(target, replay, 1)]
             with _progress(len(units[0].cases)) as progress:

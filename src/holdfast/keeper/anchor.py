@@ -93,8 +93,7 @@ class Anchor:
         except OSError:
             data, fds, flags = b"", [], 0
         if len(data) < HEAD.size or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
-            # Hung up; or something was lost on the way, and whoever sent it must not rely on it.
-            close_all(fds)
+            close_all(fds)  # hung up; or something was lost that its sender must not rely on
             self._succeed()
             return
         kind, number = HEAD.unpack_from(data)
@@ -207,7 +206,9 @@ class Anchor:
 
     def _keep_standby(self) -> None:
         rested = time.monotonic() - self.standby_started > STANDBY_PAUSE
-        if self.standby is None and rested and b"command" in self.held:
+        # Not before it was told of the one that there is: a new anchor gets one after another.
+        known = b"command" in self.held and b"standby" in self.held
+        if self.standby is None and rested and known:
             self._start_standby()
 
     def _start_standby(self) -> None:
@@ -224,6 +225,7 @@ class Anchor:
                 stdin=subprocess.DEVNULL,
             )
         process.returncode = 0  # reaped with everything else
+        close_all(self.held.get(b"standby", (b"", []))[1])
         self.held[b"standby"] = (str(process.pid).encode(), [os.dup(ours.fileno())])
         self.standby, self.standby_pid = ours, process.pid
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -21,6 +22,26 @@ from holdfast.torture.unit import Found, run
 
 LOCAL = "local"
 DASK = "dask:"
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Interpreters that are started meanwhile compile each module once, all together.
+
+    Where bytecode must not be written (PYTHONDONTWRITEBYTECODE), each would compile them all again,
+    which is most of what a start costs. Not thread-safe: it sets environment variables.
+    """
+    names = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
+    before = {name: os.environ.pop(name, None) for name in names}
+    with tempfile.TemporaryDirectory(prefix="holdfast-bytecode-") as directory:
+        os.environ["PYTHONPYCACHEPREFIX"] = directory
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 @contextmanager

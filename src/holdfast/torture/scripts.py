@@ -54,7 +54,7 @@ SURVIVOR = 16 << 10
 SURVIVOR_AT = 768 << 10
 """Card address of the survivor's transfers; the clients read from address 0."""
 FILLED = SURVIVOR_AT + SURVIVOR
-SURVIVOR_PAUSE = 0.004
+SURVIVOR_PAUSE = 0.03
 """Seconds between two rounds of a survivor: it is there to notice, not to load the card."""
 
 

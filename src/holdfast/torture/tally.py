@@ -112,6 +112,10 @@ def problems_of(unit: Unit, found: Found) -> list[Problem]:
         if getattr(found, name)
     ]
 
+    if found.leaked:
+        what = f"descriptors: {', '.join(found.leaked)}"
+        problems.append(Problem(unit.number, None, what, str(unit)))
+
     def wrong(what: str) -> None:
         problems.append(Problem(unit.number, None, what, str(unit)))
 

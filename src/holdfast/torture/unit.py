@@ -18,12 +18,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -170,12 +172,13 @@ class _Run:
         settle(eyes.unsettled, goal=0, timeout=HUNG_AFTER)
         pids = self._introduce(stack.board, eyes)
         baseline = Processes.look(pids)
+        links = _links(eyes.ps())
         survivor = self._start_survivor(eyes)
         cases = list(enumerate(self._unit.cases))
         first_fatal = next((at for at, case in cases if case.fatal), len(cases))
         self._lanes(stack.board, cases[:first_fatal])
         self._stop_survivor(survivor)
-        after = self._account(eyes, baseline)
+        after = self._account(eyes, baseline, links)
         told = eyes.ps()["leases"]
         eyes.close()
         if first_fatal < len(cases):
@@ -285,7 +288,7 @@ class _Run:
 
     # -- the account ------------------------------------------------------------
 
-    def _account(self, eyes: Eyes, baseline: Processes) -> Processes:
+    def _account(self, eyes: Eyes, baseline: Processes, links: Counter[str]) -> Processes:
         """What is held when every client is gone, compared with before the first one came."""
         found = self._found
         found.hung_leases = settle(eyes.unsettled, goal=0, timeout=HUNG_AFTER)
@@ -298,16 +301,23 @@ class _Run:
         )
         found.leaked_fds = max(0, more)
         if more > 0:
-            found.leaked = sorted(
-                f"{role} {link}"
-                for role in ROLES
-                if told.get(role)
-                for link in procfs.open_descriptors(int(told[role])).values()
-            )
+            now = _links(told)
+            found.leaked = [f"{link} {now[link] - links[link]:+d}" for link in sorted(now | links)
+                            if now[link] != links[link]]  # fmt: skip
         after = Processes.look(pids)
         held = after.memfd_bytes - baseline.memfd_bytes - found.quarantined_bytes
         found.leaked_bytes = max(0, held)
         return after
+
+
+def _links(told: dict[str, Any]) -> Counter[str]:
+    """What kinds of descriptors each process has, and how many."""
+    return Counter(
+        f"{role} {re.sub(r'[0-9]+', '', link)}"
+        for role in ROLES
+        if told.get(role)
+        for link in procfs.open_descriptors(int(told[role])).values()
+    )
 
 
 def _left_bytes(files: frozenset[int]) -> int:
