@@ -54,7 +54,7 @@ SHOWN = 10
 @click.option("--executor", "where", default=LOCAL, show_default=True,
               help="local, or dask:ADDRESS")  # fmt: skip
 @click.option(
-    "--workers", type=click.IntRange(1), help="stacks at a time  [default: processors + 1]"
+    "--workers", type=click.IntRange(1), help="stacks at a time  [default: processors + 2]"
 )
 @click.option("--report", type=click.Path(file_okay=False, path_type=Path),
               help="write an HTML report and a Perfetto trace into this directory")  # fmt: skip

@@ -8,6 +8,7 @@ close-on-exec and closed in forked children.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -117,8 +118,10 @@ class LeaseClient:
             reply, received = self._receive()
             if isinstance(reply, wire.Notice):
                 if reply.what == "successor":
-                    # Whether the one that was killed had it carried out, its successor knows.
-                    packets.send(self._sock, packet, fds)
+                    # Whether the one that was killed had it carried out, its successor knows. If
+                    # that one has hung up by now, what it said before is still to be read.
+                    with contextlib.suppress(BrokenPipeError):
+                        packets.send(self._sock, packet, fds)
                 self._take_notice(reply)
             elif isinstance(reply, wire.Failed) and reply.seq in (self._seq, 0):
                 close_all(received)

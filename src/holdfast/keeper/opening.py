@@ -34,7 +34,8 @@ MEDIATED_BELL = -1
 """Stands for the BAR of the bell that tells the keeper of requests: it is in none."""
 RETRY_PAUSE = 0.005
 SUCCESSION = 2.0
-"""Seconds in which the successor of a keeper that ends must have come up."""
+SUCCESSIONS = 5
+"""Seconds, and keepers that went away, after which there seems to be no lasting successor."""
 
 _devices: weakref.WeakSet[Device] = weakref.WeakSet()
 _clients: weakref.WeakSet[LeaseClient] = weakref.WeakSet()
@@ -42,7 +43,7 @@ _clients: weakref.WeakSet[LeaseClient] = weakref.WeakSet()
 
 def connect(target: Target, timeout: float | None = None) -> LeaseClient:
     """Connect to the target's keeper, starting one if the target allows it, and greet it."""
-    deadline = time.monotonic() + SUCCESSION
+    patience = _Patience()
     while True:
         steps.reach("client.connecting")
         client = LeaseClient(embedded.connect(target, timeout), target)
@@ -53,7 +54,7 @@ def connect(target: Target, timeout: float | None = None) -> LeaseClient:
         except (KeeperGone, KeeperUnreachable):
             # It was just ending. Nothing has been asked of it yet, so try its successor.
             client.close()
-            if time.monotonic() >= deadline:
+            if patience.over():
                 raise
             time.sleep(RETRY_PAUSE)
         except BaseException:
@@ -62,6 +63,19 @@ def connect(target: Target, timeout: float | None = None) -> LeaseClient:
         else:
             steps.reach("client.greeted")
             return client
+
+
+class _Patience:
+    """With keepers that go away before they have served: a few, and a few seconds."""
+
+    def __init__(self) -> None:
+        self._until = time.monotonic() + SUCCESSION
+        self._left = SUCCESSIONS
+
+    def over(self) -> bool:
+        """Another one went away: whether that is enough."""
+        self._left -= 1
+        return self._left <= 0 and time.monotonic() >= self._until
 
 
 def _require_options(welcome: wire.Welcome, target: Target) -> None:
@@ -103,8 +117,8 @@ def open(  # noqa: A001
     """
     parsed = Target.parse(target)
     wanted = _parse_access(access, target)
-    begun = time.monotonic()
-    deadline = begun + (timeout or 0)
+    deadline = time.monotonic() + (timeout or 0)
+    patience = _Patience()
     while True:
         client = connect(parsed, timeout)
         try:
@@ -117,7 +131,7 @@ def open(  # noqa: A001
         except KeeperGone:
             # Killed before it had written the lease down; its successor knows nothing of it.
             client.close()
-            if time.monotonic() >= max(deadline, begun + SUCCESSION):
+            if patience.over() and time.monotonic() >= deadline:
                 raise
             time.sleep(RETRY_PAUSE)
         except BaseException:

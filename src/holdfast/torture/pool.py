@@ -52,7 +52,7 @@ def executor_of(text: str, workers: int | None = None) -> Iterator[Executor]:
     cannot be reached.
     """
     if text == LOCAL:
-        with ThreadPoolExecutor(workers or 1 + (os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(workers or 2 + (os.cpu_count() or 1)) as pool:
             yield pool
         return
     if not text.startswith(DASK):
