@@ -38,13 +38,13 @@ LAB_VARIABLE = "HOLDFAST_LAB_GUEST"
 """Set in the lab's virtual machines, where a card may write wherever it likes."""
 ARENA = 16 << 20
 """Bytes of the arena behind an emulated device: its frames are recycled, as without an IOMMU."""
-MOMENTS = {Policy.DRAIN: 0.8, Policy.REVOKE: 0.8, Policy.RELEASE: 0.1}
+MOMENTS = {Policy.DRAIN: 0.8, Policy.REVOKE: 0.8, Policy.RELEASE: 0.0}
 """The share of the window in which the kills lie. Those of the negative control come early: for its
 harm to be seen, somebody else must have the memory before the write comes."""
 HITS = 0.25
 """The share of the kills that must hit a running transfer for a campaign to show anything. The
 window is short, and where a processor is emulated the one who kills may come late."""
-POLL = 0.003
+POLL = 0.001
 PATIENCE = 1.5 * WINDOW
 """Seconds from a kill until nothing of the dead client can come any more, and then some."""
 

@@ -11,9 +11,13 @@ import pytest
 
 from holdfast.errors import HoldfastError
 from holdfast.keeper import embedded
+from holdfast.keeper.admission import AllowList
 from holdfast.keeper.main import Service, run
 from holdfast.keeper.server import Settings
 from holdfast.values import Target
+
+LET_IN = "HOLDFAST_TEST_LET_IN"
+"""A user besides this one whom keepers let in."""
 
 
 class ForkedKeeper:
@@ -26,7 +30,11 @@ class ForkedKeeper:
             os.setsid()
             os.close(reading)
             try:
-                run(Service(target, Settings(idle=idle), ready_fd=writing))
+                user = os.environ.get(LET_IN)
+                allow = AllowList(users=frozenset({int(user)} if user else ()))
+                path = embedded.socket_path(target)
+                run(Service(target, Settings(idle=idle, allow=allow), ready_fd=writing,
+                            socket=path))  # fmt: skip
             except HoldfastError:
                 pass  # it was reported
             finally:

@@ -177,6 +177,7 @@ def test_another_user_gets_the_function_only_when_nobody_else_can_reach_it(
 ) -> None:
     monkeypatch.setenv(embedded.IDLE_VARIABLE, "30")
     target = target_of(lone)
+    monkeypatch.setenv("HOLDFAST_TEST_LET_IN", str(OTHER_USER))
     device = open_it(target)
     stale = device_descriptor(keeper_of(target))
     try:
