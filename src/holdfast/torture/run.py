@@ -25,7 +25,7 @@ from holdfast.values import Target
 
 DRIVERS = ("xdma", "edu")
 DEFAULTS = {
-    "xdma": {"memory": str(1 << 20), "link_rate": str(16 << 20), "link_chunk": "32768"},
+    "xdma": {"memory": str(1 << 20), "link_rate": str(16 << 20), "link_chunk": "16384"},
     "edu": {"delay": "0.02"},
 }
 """Options of emulated functions, where the target says nothing: a link slow enough that a process

@@ -39,7 +39,7 @@ from holdfast.torture.actors import FOREIGN, OPEN_TIMEOUT
 
 Body = Callable[[int, int], None]
 
-NBYTES = 256 << 10
+NBYTES = 128 << 10
 """Bytes of one XDMA transfer."""
 DEPTH = 3
 ROUNDS = 3
