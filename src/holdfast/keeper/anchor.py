@@ -14,8 +14,7 @@ link closes, or no heartbeat comes, the keeper is killed (that it is dead is the
 *standby*, a process that has everything imported, is told to fork a successor, which asks for
 everything held. A standby that is gone is started again. Under systemd each descriptor goes into
 its store, too, so that even the end of all these processes loses nothing.
-
-Cost. One more process of a few megabytes, and one round trip before each map.
+Cost: one more process of a few megabytes, and one round trip before each map.
 
 Messages are packets: one letter, a number that the answer repeats, then ``key NUL note``.
 """
@@ -31,17 +30,15 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 HEAD = struct.Struct("<cI")
 PACKET = 192 * 1024
 MAX_FDS = 253
-SAFE_WITHIN = 10.0
-"""Seconds; so many crashes within them as the second argument says: no driver any more."""
-START_LIMIT = 20.0
-"""Seconds for a successor's first word; then the standby is replaced and told again."""
-STANDBY_PAUSE = 1.0
-"""Seconds between two starts of a standby."""
+SAFE_WITHIN = 10.0  # seconds; so many crashes as the third argument says: no driver any more
+START_LIMIT = 20.0  # seconds for a successor's first word; then another standby is told
+STANDBY_PAUSE = 1.0  # seconds between two starts of a standby
 
 
 class Anchor:
@@ -77,7 +74,7 @@ class Anchor:
             if self.deadline is not None and slept > 2.0:
                 self.deadline += slept  # it was us who did not run
             if self.standby is not None and self.standby.fileno() in ready:
-                self._standby_gone()
+                self._drop_standby()  # it says nothing, so it is gone
             if self.link.fileno() in ready:
                 self._receive()
             elif self.deadline is not None and time.monotonic() > self.deadline:
@@ -112,8 +109,7 @@ class Anchor:
         else:
             close_all(fds)
         if kind in (b"D", b"d"):  # drop; the small one is not answered
-            close_all(self.held.pop(key, (b"", []))[1])
-            self.store.remove(key)
+            self._drop(key)
         elif kind == b"B":  # heartbeat
             self.deadline = time.monotonic() + self.heartbeat
         elif kind == b"Q":  # no more heartbeats: it is ending
@@ -125,6 +121,14 @@ class Anchor:
                 self._send(b"i", number, name + b"\0" + text, numbers)
         if kind not in (b"B", b"Q", b"d", b"p"):
             self._send(b"a", number, str(self.standby_pid).encode())
+
+    def _drop(self, key: bytes) -> None:
+        gone = self.held.pop(key, (b"", []))[1]
+        self.store.remove(key)
+        if key.endswith(b"/socket"):  # what a client left in it unread may make the close wait
+            threading.Thread(target=close_all, args=(gone,), daemon=True).start()
+        else:
+            close_all(gone)
 
     def _end(self) -> None:
         for name in list(self.held):
@@ -190,10 +194,6 @@ class Anchor:
         return True
 
     # -- the standby ------------------------------------------------------------
-
-    def _standby_gone(self) -> None:
-        """Its socket says something only when it is gone."""
-        self._drop_standby()
 
     def _drop_standby(self) -> None:
         if self.standby is not None:
