@@ -30,7 +30,11 @@ class FakeHost:
 
     def __init__(self, name: str, region: Region) -> None:
         self.target = Target("pci", name)
-        self.backend = SimpleNamespace(regions=(region,), close=lambda: None)
+        self.happened: list[str] = []
+        self.backend = SimpleNamespace(
+            regions=(region,), close=lambda: self.happened.append("closed")
+        )
+        self.holder = SimpleNamespace(release=self.happened.append)
         self.replaced = 0
 
     async def call_within(self, deadline: float, function: Callable[[], None]) -> None:
@@ -112,6 +116,14 @@ def test_everything_is_closed_and_opened_before_another_user_gets_it(
     assert (first.host.replaced, second.host.replaced, unit.user) == (1, 1, BOB)
     assert first.watched
     assert second.watched
+
+
+def test_the_anchor_lets_go_before_a_function_is_closed(unit: Unit) -> None:
+    keeper = FakeKeeper(unit)
+    for user in (ALICE, BOB):
+        hand_over(unit, keeper, user)
+        keeper.leases.clear()
+    assert keeper.host.happened == ["backend", "closed"]
 
 
 def test_nobody_else_gets_in_while_a_user_has_a_lease_on_any_of_them(

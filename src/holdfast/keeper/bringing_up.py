@@ -17,7 +17,7 @@ from holdfast.keeper import embedded
 from holdfast.keeper.addresses import dma_bits, iova_range, usable_range
 from holdfast.keeper.continuity import Continuity, Inherited
 from holdfast.keeper.function import FunctionHost
-from holdfast.keeper.held import FunctionProcess, Scope, put_handover
+from holdfast.keeper.held import FunctionProcess, Scope, hold_backend
 from holdfast.keeper.journal import Journal
 from holdfast.kernel import pci_sysfs
 from holdfast.uapi import pci_regs
@@ -59,13 +59,6 @@ def bring_up(
     bounds = {"base": host.space.base, "limit": host.space.limit}
     scope.put("up", note={"irq_index": host.irq_index, **bounds})
     return Inherited(host, Continuity(scope, journal, safe_mode=safe))
-
-
-def hold_backend(scope: Scope, backend: FunctionBackend) -> None:
-    """Have the way to the function outlive this process, if it can."""
-    handover = backend.hand_over()
-    if handover is not None:
-        put_handover(scope, "backend", handover)
 
 
 def forget_all(scope: Scope) -> None:

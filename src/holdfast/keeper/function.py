@@ -38,7 +38,7 @@ from holdfast.keeper.access import (
 )
 from holdfast.keeper.addresses import dma_bits, iova_range, usable_range
 from holdfast.keeper.asking import DriverFacts, guarded
-from holdfast.keeper.held import IRQ_CHUNK, FunctionProcess, Holder
+from holdfast.keeper.held import IRQ_CHUNK, FunctionProcess, Holder, hold_backend
 from holdfast.keeper.workers import Lane
 from holdfast.kernel import events
 from holdfast.uapi import pci_regs
@@ -185,6 +185,7 @@ class FunctionHost:
         Only without leases: every mapping went with the former backend.
         """
         self.access.backend = backend
+        hold_backend(self.holder, backend)
         take_over(self.access, self.target)
         guarded(self.driver.probe)
         if self.irq_index is not None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from holdfast.contracts import FunctionBackend
 from holdfast.keeper.anchor_link import AnchorLink
 from holdfast.kernel import packets, pidfd
 from holdfast.values import Handover
@@ -76,6 +77,13 @@ def put_handover(holder: Holder, name: str, handover: Handover) -> None:
     """Hold what :meth:`find_handover` finds again. The descriptors stay the giver's."""
     note = {"names": list(handover.fds), "notes": dict(handover.notes)}
     holder.put(name, list(handover.fds.values()), note)
+
+
+def hold_backend(holder: Holder, backend: FunctionBackend) -> None:
+    """Have the way to the function outlive this process, if it can."""
+    handover = backend.hand_over()
+    if handover is not None:
+        put_handover(holder, "backend", handover)
 
 
 def find_handover(scope: Scope, name: str) -> Handover | None:

@@ -37,10 +37,10 @@ from holdfast.driver import Driver
 from holdfast.errors import DeviceGone, HoldfastError, StaysStuck
 from holdfast.keeper.access import BackendAccess, set_bus_master
 from holdfast.keeper.asking import guarded
-from holdfast.keeper.bringing_up import bring_up, find_driver, hold_backend
+from holdfast.keeper.bringing_up import bring_up, find_driver
 from holdfast.keeper.continuity import Continuity, Inherited
 from holdfast.keeper.function import FunctionHost
-from holdfast.keeper.held import FunctionProcess, Scope, find_handover
+from holdfast.keeper.held import FunctionProcess, Scope, find_handover, hold_backend
 from holdfast.keeper.journal import Contents, Corrupt, HostRecord, Journal, What
 from holdfast.keeper.map_state import REACHABLE, MapState
 from holdfast.keeper.process_memory import OwnMemory, ProcessMemory

@@ -95,6 +95,8 @@ class Unit:
         self.opened = False
         hosts = [keeper.host for keeper in self.keepers]
         for host in hosts:
+            # The anchor's duplicates would hold the group as well as anybody's.
+            host.holder.release("backend")
             host.backend.close()
         fresh: list[FunctionBackend] = []
         try:
