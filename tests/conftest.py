@@ -19,6 +19,7 @@ from hypothesis import settings
 
 from holdfast.keeper import embedded
 from holdfast.kernel import procfs
+from holdfast.torture.outside import processes_under
 from holdfast.torture.pool import compiled_once
 from holdfast.torture.stack import Stack
 
@@ -32,17 +33,7 @@ SETTLE = 5.0
 
 def processes_of(directory: str) -> list[int]:
     """Pids of processes, other than this one, whose runtime directory this is."""
-    wanted = f"{embedded.RUNTIME_VARIABLE}={directory}".encode()
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) != os.getpid():
-            try:
-                environment = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
-            except OSError:
-                continue  # gone, or another user's
-            if wanted in environment:
-                found.append(int(name))
-    return found
+    return processes_under(embedded.RUNTIME_VARIABLE, directory)
 
 
 @pytest.fixture(scope="session", autouse=True)
