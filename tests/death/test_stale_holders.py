@@ -74,7 +74,7 @@ def test_a_client_that_hangs_up_and_lives_keeps_its_memory_from_everybody(
     assert told["hung_up"]
     assert not told["process_dead"]
     assert told["bytes"] >= SIZE
-    assert len(told["withheld"]) == 2  # the other sign, and the unmap
+    assert len(told["withheld"]) == 3  # the other sign, the flushing read, and the unmap
     child.tell(b"g")
     assert child.read(1) == b"y"  # it can, and it writes into nothing but its own memory
     assert stage.lease(child.pid)["bytes"] >= SIZE

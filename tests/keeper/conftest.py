@@ -58,6 +58,14 @@ class FakeFunction:
     unmap_error_but: int | None = None
     """An IOVA whose unmap goes well all the same."""
     reset_error: Exception | None = None
+    read_error: Exception | None = None
+    stuck: threading.Event | None = None
+    """Reads do not come back before it is set."""
+    reads: int = 0
+    posted: bool = False
+    """Writes of its are on their way, until a read comes back behind them."""
+    unmapped_too_soon: bool = False
+    """Something was unmapped while they were."""
     mapped: dict[int, int] = field(default_factory=dict)
     resets: int = 0
     on_reset: Callable[[], None] = lambda: None
@@ -69,6 +77,12 @@ class FakeFunction:
         return Promises(strict_unmap=self.strict, reset=self.has_reset)
 
     def region_read(self, index: int, offset: int, count: int) -> bytes:
+        self.reads += 1
+        if self.stuck is not None:
+            self.stuck.wait()
+        if self.read_error is not None:
+            raise self.read_error
+        self.posted = False
         return (self.command if offset == 4 else 0).to_bytes(count, "little")
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
@@ -82,6 +96,7 @@ class FakeFunction:
         self.mapped[iova] = size
 
     def dma_unmap(self, iova: Iova, size: int) -> int:
+        self.unmapped_too_soon |= self.posted
         if self.unmap_error is not None and iova != self.unmap_error_but:
             raise self.unmap_error
         if self.unmap_short:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from holdfast.errors import DeviceError, DeviceGone, RemoteError
+from holdfast.keeper import function
 from holdfast.keeper.held import FunctionProcess
-from holdfast.keeper.state import Fact, State
+from holdfast.keeper.state import RELEASE_GATE, Fact, Gate, State
 from holdfast.values import Policy
 
 SIZE = 64 << 10
@@ -245,6 +246,113 @@ def test_a_function_that_hung_up_and_is_not_reaped_proves_nothing(bench: MakeBen
     it.die(then)
 
 
+def lose_the_flush(it: Any) -> None:
+    """Take FLUSHED, and nothing else, out of the lease's gate."""
+    ways = RELEASE_GATE[it.lease.machine.policy].ways
+    it.lease.machine.gate = Gate(tuple(way - {Fact.FLUSHED} for way in ways))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_posted_arrives_before_anything_is_unmapped(bench: MakeBench, lost: bool) -> None:
+    it = bench()
+    it.driver.stops = True
+    it.driver.busy = 0
+    it.function.posted = True
+    it.both_signals()
+    if lost:
+        lose_the_flush(it)
+    it.die()
+    assert it.function.unmapped_too_soon is lost
+    assert (Fact.FLUSHED in it.lease.machine.facts) is not lost
+
+
+def test_what_was_posted_while_someone_still_could_arrives_too(bench: MakeBench) -> None:
+    it = bench("plain")
+    it.driver.busy = 0
+    it.driver.stops = True
+    it.lease.signal(hung_up=True)
+
+    async def then() -> None:
+        while not any("other" in step.why for step in it.lease.log):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert it.function.reads == 0, "it would come before the last look at the engine"
+        it.function.posted = True
+        it.both_signals()
+
+    it.die(then)
+    assert not it.function.unmapped_too_soon
+
+
+UNREAD: dict[str, Callable[[Any], None]] = {
+    "refused": lambda it: setattr(it.function, "read_error", RemoteError("no", errno=5)),
+    "gone, not reaped": lambda it: setattr(it.function, "read_error", DeviceGone("gone")),
+    "all ones": lambda it: setattr(it.function, "command", 0xFFFF),
+    "all ones, as VFIO has them": lambda it: setattr(it.function, "command", 0xFBFF),
+    "no answer": lambda it: setattr(it.function, "stuck", threading.Event()),
+}
+
+
+@pytest.mark.parametrize("how", UNREAD)
+def test_a_read_that_does_not_come_back_keeps_the_memory(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(function, "CALL_DEADLINE", 0.1)
+    it = bench()
+    it.driver.busy = 0
+    it.driver.stops = True
+    UNREAD[how](it)
+    it.both_signals()
+
+    async def then() -> None:
+        await it.reached(State.QUARANTINE)
+        assert "no read comes back" in it.lease.quarantined.why
+        assert Fact.FLUSHED not in it.lease.machine.facts
+        assert it.host.source.held_bytes == SIZE
+        assert it.function.mapped == {BASE: SIZE}
+        if it.function.stuck is not None:
+            it.function.stuck.set()
+        it.function.read_error, it.function.command = None, 4
+
+    it.die(then)
+    assert Fact.FLUSHED in it.lease.machine.facts
+
+
+def test_without_the_flush_in_its_gate_that_lease_would_be_released(bench: MakeBench) -> None:
+    it = bench()
+    it.driver.busy = 0
+    it.driver.stops = True
+    UNREAD["refused"](it)
+    it.both_signals()
+    lose_the_flush(it)
+    it.die()
+    assert State.QUARANTINE not in it.states
+
+
+def test_a_function_that_turns_out_reaped_need_not_be_read(bench: MakeBench) -> None:
+    it = bench()
+    it.driver.busy = 0
+    it.driver.stops = True
+    it.function.read_error = DeviceGone("gone")
+    child = subprocess.Popen(["true"])
+    it.host.child = FunctionProcess.of(child.pid)
+    child.wait()
+    it.both_signals()
+    it.die()
+    assert State.QUARANTINE not in it.states
+    assert Fact.FUNCTION_GONE in it.lease.machine.facts
+    assert Fact.FLUSHED not in it.lease.machine.facts
+
+
+def test_a_lease_that_is_strictly_unmapped_is_not_read_for(bench: MakeBench) -> None:
+    it = bench()
+    it.function.has_reset = False
+    it.function.read_error = RemoteError("no", errno=5)
+    it.both_signals()
+    it.die()
+    assert it.states[-2:] == [State.UNMAPPED, State.RELEASED]
+    assert Fact.FLUSHED not in it.lease.machine.facts
+
+
 def test_the_negative_control_gives_memory_back_under_a_running_transfer(
     bench: MakeBench,
 ) -> None:
@@ -254,3 +362,4 @@ def test_the_negative_control_gives_memory_back_under_a_running_transfer(
     assert it.states == [State.FROZEN, State.QUIET, State.RELEASED]
     assert it.driver.busy == 1
     assert "stop" not in it.driver.calls
+    assert it.function.reads == 0

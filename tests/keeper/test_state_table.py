@@ -59,12 +59,15 @@ SUBSETS = [
 
 
 def safe_to_release(facts: frozenset[Fact]) -> bool:
-    """Nothing is mapped, and the function either is no more, cannot reach it, or is at rest."""
+    """Nothing is mapped, and the function is no more, cannot reach it, or has come to rest.
+
+    The last for good, and with everything that it had sent arrived.
+    """
     at_rest = facts & {Fact.IDLE_CONFIRMED, Fact.STOP_ACKNOWLEDGED, Fact.RESET_TRUSTED}
     return Fact.UNMAPPED_IN_FULL in facts and (
         Fact.FUNCTION_GONE in facts
         or {Fact.STRICTLY_UNMAPPED, Fact.IOVAS_RETIRED} <= facts
-        or (bool(at_rest) and Fact.CANNOT_POST in facts)
+        or (bool(at_rest) and {Fact.CANNOT_POST, Fact.FLUSHED} <= facts)
     )
 
 
@@ -255,7 +258,8 @@ def test_released_is_never_reached_without_a_whole_way_of_the_gate(
         except IllegalStep:
             continue
         if machine.state is State.QUARANTINE:
-            assert not machine.facts & state.QUIET_PROOFS, "what was seen before counts no more"
+            counted = state.QUIET_PROOFS | {Fact.FLUSHED}
+            assert not machine.facts & counted, "what was seen before counts no more"
         if machine.state is State.RELEASED:
             assert any(way <= machine.facts for way in RELEASE_GATE[policy].ways)
 
@@ -273,11 +277,46 @@ def test_a_row_without_its_fact_is_refused_and_the_machine_stays_put() -> None:
 
 def test_the_release_gate_names_what_it_waits_for() -> None:
     machine = Machine(Policy.DRAIN, State.QUIET, {Fact.IDLE_CONFIRMED, Fact.UNMAPPED_IN_FULL})
-    assert machine.withheld() == (Fact.CANNOT_POST,)
+    assert machine.withheld() == (Fact.FLUSHED, Fact.CANNOT_POST)
+    for fact in (Fact.CANNOT_POST, Fact.FLUSHED):
+        with pytest.raises(IllegalStep, match="release gate closed"):
+            machine.fire(Event.FREED)
+        machine.observe(fact)
+    assert machine.fire(Event.FREED) is State.RELEASED
+
+
+@pytest.mark.parametrize("policy", GUARDED)
+def test_what_a_gate_waits_for_is_a_way_through_it(policy: Policy) -> None:
+    gate = RELEASE_GATE[policy]
+    for facts in SUBSETS:
+        missing = gate.missing(facts)
+        assert bool(missing) is not any(way <= facts for way in gate.ways)
+        assert any(way <= facts | set(missing) for way in gate.ways)
+
+
+@pytest.mark.parametrize("proof", sorted(state.QUIET_PROOFS))
+def test_a_read_is_waited_for_where_the_engine_proved_quiet_and_nowhere_else(proof: Fact) -> None:
+    machine = Machine(Policy.DRAIN, State.QUIET, {Fact.CANNOT_POST})
+    assert Fact.FUNCTION_GONE not in machine.withheld(), "its way is no shorter by the read"
+    machine.observe(proof)
+    assert machine.withheld() == (Fact.FLUSHED, Fact.UNMAPPED_IN_FULL)
+    machine.observe(Fact.FUNCTION_GONE)
+    assert machine.withheld() == (Fact.UNMAPPED_IN_FULL,)
+    unmapped = {proof, Fact.STRICTLY_UNMAPPED, Fact.IOVAS_RETIRED, Fact.UNMAPPED_IN_FULL}
+    assert Machine(Policy.DRAIN, State.UNMAPPED, unmapped).withheld() == ()
+
+
+def test_a_read_before_quarantine_does_not_count_after_it() -> None:
+    """It pushed what had been sent until then; what led to quarantine may have sent more."""
+    seen = {Fact.IDLE_CONFIRMED, Fact.FLUSHED, Fact.CANNOT_POST, Fact.UNMAPPED_IN_FULL}
+    machine = Machine(Policy.DRAIN, State.QUIET, seen)
+    machine.fire(Event.NO_PROOF)
+    assert machine.facts == {Fact.CANNOT_POST, Fact.UNMAPPED_IN_FULL}
+    machine.observe(Fact.IDLE_CONFIRMED)
+    machine.fire(Event.IDLE)
+    assert machine.withheld() == (Fact.FLUSHED,)
     with pytest.raises(IllegalStep, match="release gate closed"):
         machine.fire(Event.FREED)
-    machine.observe(Fact.CANNOT_POST)
-    assert machine.fire(Event.FREED) is State.RELEASED
 
 
 def test_the_negative_control_releases_with_no_fact_at_all() -> None:

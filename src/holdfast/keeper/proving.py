@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from holdfast.errors import DeviceGone, HoldfastError
+from holdfast.errors import DeviceError, DeviceGone, HoldfastError
 from holdfast.keeper import asking
 from holdfast.keeper.deadlines import Deadlines
 from holdfast.keeper.function import FunctionHost
@@ -20,7 +20,8 @@ from holdfast.keeper.lease import Lease
 from holdfast.keeper.memory import MemoryDesk
 from holdfast.keeper.state import Fact
 from holdfast.keeper.unmapping import page_span
-from holdfast.values import Iova
+from holdfast.uapi import pci_regs
+from holdfast.values import CONFIG_REGION, Iova
 
 T = TypeVar("T")
 
@@ -30,6 +31,9 @@ POLL_LAST = 0.002
 GONE_POLLS = 20
 GONE_POLL = 0.01
 """How often, and after how many seconds each, a function that hung up is looked for."""
+NOBODYS = 0xF800
+"""Bits of the command register that read 0 (PCI Local Bus 3.0, 6.2.2). Set, it is the host that
+made the answer up: all ones, because the function gave none."""
 
 
 class Announcer(Protocol):
@@ -139,6 +143,27 @@ class Proving:
             self.host.usable.clear()
             self.host.disturbed += 1
         await self.host.call(self.host.isolate)
+
+    async def flush(self) -> None:
+        """Have a read come back from the function, and ahead of it whatever it had sent; or raise.
+
+        Only of use behind a look that found it at rest. See :mod:`holdfast.keeper.state` for why.
+        It is the command register that is read, because VFIO answers others, the vendor id for
+        one, without asking the function (drivers/vfio/pci/vfio_pci_config.c,
+        init_pci_cap_basic_perm). The order holds within a traffic class, and configuration
+        requests have class 0 (PCI Express Base, 2.2.7): what a function sends in another one is
+        not pushed.
+        """
+        host = self.host
+        word = await host.call(host.backend.region_read, CONFIG_REGION, pci_regs.COMMAND, 2)
+        command = int.from_bytes(word, "little")
+        if command & NOBODYS:
+            raise DeviceError(
+                f"nothing answers: command reads {command:#06x}",
+                operation="flush",
+                target=f"{host.target} config",
+            )
+        self.lease.machine.observe(Fact.FLUSHED)
 
     async def reset(self) -> tuple[bool, str]:
         """Reset the function, if it has a reset: whether that proves it quiet, and why not.

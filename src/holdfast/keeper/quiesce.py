@@ -223,10 +223,21 @@ class Quiesce:
         return (Event.RESET_DONE if quiet else None), said
 
     async def _returning(self) -> Found:
-        """Unmap (checked), unpin, punch, recycle: the memory goes, if the gate is open."""
+        """Flush, unmap (checked), unpin, punch, recycle: the memory goes, if the gate is open.
+
+        The flush comes behind the last look at the engine, and ahead of the unmaps.
+        """
         lease = self.lease
         if lease.machine.withheld() and not await self._no_more_posts():
             return Event.NO_PROOF, "it was started again by someone who still held the lease"
+        if Fact.FLUSHED in lease.machine.withheld():
+            try:
+                await self.proving.flush()
+            except DeviceGone as error:
+                if not await self.proving.gone():
+                    return Event.NO_PROOF, f"no read comes back: {error.what}"
+            except HoldfastError as error:
+                return Event.NO_PROOF, f"no read comes back: {error.what}"
         steps.reach("keeper.death.quiet")
         async with lease.memory_lock:
             try:
