@@ -32,7 +32,7 @@ PAGE = 4096
 ONE = LeaseId(1)
 
 
-def entry(lease: int = 1, page: int = 1, *, state: MapState = MapState.RESERVED) -> Entry:
+def entry(lease: int = 1, page: int = 1, *, state: MapState = MapState.ANCHORED) -> Entry:
     return Entry(0, LeaseId(lease), Iova(page * PAGE), PAGE, held=page, seq=3, state=state)
 
 
@@ -77,6 +77,24 @@ def test_what_is_reserved_counts_until_it_is_closed(journal: Journal) -> None:
     assert journal.entries(ONE) == (confirmed,)
     journal.close(journal.unmapping(confirmed))
     assert journal.entries(ONE) == ()
+
+
+@pytest.mark.parametrize("state", set(MapState) - {MapState.ANCHORED})
+def test_nothing_is_reserved_that_the_anchor_has_not_acknowledged(
+    journal: Journal, state: MapState
+) -> None:
+    with pytest.raises(IllegalMapping):
+        journal.reserve(entry(state=state))
+    assert journal.entries(ONE) == ()
+    assert not successor(journal).entries
+    journal.reserve(entry(state=MapState.HELD).anchored())  # the control
+
+
+def test_an_entry_is_not_anchored_by_being_made_and_is_so_once() -> None:
+    made = Entry(0, ONE, Iova(PAGE), PAGE)
+    assert made.state is MapState.HELD
+    with pytest.raises(IllegalMapping):
+        made.anchored().anchored()
 
 
 def test_nothing_is_closed_that_was_not_being_unmapped(journal: Journal) -> None:

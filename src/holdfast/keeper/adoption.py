@@ -90,7 +90,7 @@ def _adopt_pins(keeper: Keeper, contents: Contents, leases: dict[LeaseId, Lease]
     for number, lease in leases.items():
         held = scope.find(f"lease/{number}/memory")
         if held is not None:
-            lease.own_memory = held[0][0]
+            lease.own_memory, lease.memory_held = held[0][0], True
 
 
 def _forget_rest(keeper: Keeper, contents: Contents) -> None:

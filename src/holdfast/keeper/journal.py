@@ -84,7 +84,11 @@ class Entry:
     address: int = 0
     writable: bool = True
     seq: int = 0
-    state: MapState = MapState.RESERVED
+    state: MapState = MapState.HELD
+
+    def anchored(self) -> Entry:
+        """To be called where the anchor's acknowledgement of what keeps the pages has come."""
+        return replace(self, state=advance(self.state, MapEvent.ACKNOWLEDGED))
 
     @property
     def confirmed(self) -> bool:
@@ -204,8 +208,12 @@ class Journal:
     # -- mappings ------------------------------------------------------------
 
     def reserve(self, entry: Entry) -> Entry:
-        """Record an intention to map what the anchor holds; from here on a death undoes it."""
-        entry = replace(entry, number=self._next, state=MapState.RESERVED)
+        """Record an intention to map what the anchor holds; from here on a death undoes it.
+
+        IllegalMapping with nothing written for what is not :meth:`Entry.anchored`.
+        """
+        state = advance(entry.state, MapEvent.RESERVE)
+        entry = replace(entry, number=self._next, state=state)
         self._next += 1
         self._put_entry(entry)
         return entry

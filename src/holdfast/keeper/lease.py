@@ -88,6 +88,8 @@ class Lease:
     pins: dict[int, HeldPin] = field(default_factory=dict)
     own_memory: int | None = None
     """The client's /proc/self/mem, once it sent it."""
+    memory_held: bool = False
+    """The anchor has acknowledged that."""
     relay: OwnMemory | None = None
     """What relayed pins are reached through."""
     maps_registers: bool = False

@@ -94,7 +94,7 @@ class MemoryDesk(Unmapper):
             self._let_go(number, memory)
             raise
         entry = Entry(0, lease.number, iova, size, what, held=number, seq=seq)
-        entry = self.journal.reserve(entry)
+        entry = self.journal.reserve(entry.anchored())  # _take_held has returned
         steps.reach("keeper.alloc.reserved")
         map_it = partial(host.backend.dma_map, iova, size, Perm.RW, memory.fd, 0)
         try:
@@ -158,7 +158,7 @@ class MemoryDesk(Unmapper):
     ) -> HeldPin:
         """Let the function reach the client's own memory by message (relayed)."""
         self._check_range(address, nbytes)
-        if lease.own_memory is None:
+        if lease.own_memory is None or not lease.memory_held:
             raise BadBuffer(
                 "the client sent no /proc/self/mem with its first pin",
                 operation="pin",
@@ -170,7 +170,7 @@ class MemoryDesk(Unmapper):
         async with lease.memory_lock:
             wanted = Entry(0, lease.number, Iova(0), nbytes, What.RELAYED, next(self.numbers),
                            address, writable, seq)  # fmt: skip
-            entry = self._reserve(lease, wanted)
+            entry = self._reserve(lease, wanted.anchored())  # memory_held
             try:
                 await self.host.call(
                     self.host.backend.dma_map_memory, entry.iova, nbytes, perm, memory
@@ -198,7 +198,8 @@ class MemoryDesk(Unmapper):
             size = -(-(first + nbytes) // PAGE) * PAGE
             wanted = Entry(0, lease.number, Iova(0), size, What.IN_PLACE, next(self.numbers),
                            address - first, seq=seq)  # fmt: skip
-            entry = self._reserve(lease, wanted)
+            # The pages will hang on the way to the function, which was held before any lease was.
+            entry = self._reserve(lease, wanted.anchored())
             pin = HeldPin(entry.held, entry.iova, entry.size, entry, in_place=True)
             lease.pins[pin.number] = pin
             return pin
@@ -263,16 +264,22 @@ class MemoryDesk(Unmapper):
             await self.unpin(lease, number)
 
     async def accept_own_memory(self, lease: Lease, fd: int) -> None:
-        """Take ownership of the client's /proc/self/mem after checking that it really is."""
+        """Take ownership of the client's /proc/self/mem after checking that it really is.
+
+        Raises if the anchor does not acknowledge it; sent once more, that is tried again.
+        """
         if lease.own_memory is not None or not procfs.is_memory_of(fd, lease.peer.pid):
             disposal.discard([fd])
             if lease.own_memory is None:
                 raise BadBuffer(
                     "the descriptor is not this client's /proc/self/mem", operation="pin"
                 )
-            return
-        lease.own_memory = fd
-        await self.host.call(self.holder.put, f"lease/{lease.number}/memory", [fd])
+        else:
+            lease.own_memory = fd
+        if not lease.memory_held:
+            held = [lease.own_memory]
+            await self.host.call(self.holder.put, f"lease/{lease.number}/memory", held)
+            lease.memory_held = True
 
     def adopt_memory(self, lease: Lease, left: Iterable[SlabMemory]) -> None:
         """Put memory of a keeper that is dead on a lease's account, as if it were that lease's."""
