@@ -104,6 +104,9 @@ def strike(w: World, n: Batch, d: int, invariant: str) -> None:
         n.fail(invariant, wrong)
         innocent = n.on(w.other[f])
         for p in w.processes:
+            waits = w.alive(n, p) & n.on(w.owner[d, p]) & n.off(w.touched[p])
+            if invariant == "S1":
+                n.fail("S5", hit & n.on(w.target[d, f]) & waits & n.off(w.map[p, f]))
             theirs = n.on(w.map[p, f]) | n.on(w.hold[p, f])
             innocent = innocent | (theirs & n.off(w.owner[d, p]))
         n.fail(f"{invariant} with a victim", wrong & innocent)

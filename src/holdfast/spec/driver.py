@@ -9,7 +9,7 @@ from holdfast.spec import measures
 from holdfast.spec.layout import Batch, Mask
 from holdfast.spec.rules import Rule
 from holdfast.spec.strategy import At, Hold
-from holdfast.spec.world import Hw, Iova, Know, Proc, Sw, World
+from holdfast.spec.world import Eng, Hw, Iova, Know, Proc, Sw, World
 
 
 def rules(w: World) -> Iterator[Rule]:
@@ -34,6 +34,7 @@ def _prepare(w: World, p: int, f: int, i: int | None) -> Rule:
 
     def prepare(n: Batch) -> None:
         w.master_on(n)
+        n[w.eng] = Eng.RUN
         n[w.file[p]] = 1
         n[w.window[p]] = 1
         n[w.address[p, f]] = 1
@@ -59,9 +60,13 @@ def _prepare(w: World, p: int, f: int, i: int | None) -> Rule:
     def can(s: Batch) -> Mask:
         ready = w.alive(s, p) & ~w.registered(s, p) & ~_given_up(w, s)
         ready &= w.free(s, f) if owned else s.on(w.map[p, f])
-        ready &= s.eq(w.eng, 0) & ~_under_way(w, s)
+        if strategy.pins and not owned and not w.setting.old:
+            # pin_user_pages for writing breaks copy on write first: the page is the process's own
+            ready &= ~w.any(s, (w.map[q, f] for q in w.processes if q != p))
+        ready &= s.among(w.eng, (Eng.RUN, Eng.QUIET)) & ~_under_way(w, s)
         if i is not None:
             ready &= s.eq(w.iova[i], Iova.FREE)
+            ready &= ~w.any(s, (w.tlb[i, g] for g in w.frames))  # flushed before it is used again
             for j in range(i):
                 ready &= s.ne(w.iova[j], Iova.FREE)
         return ready
@@ -159,7 +164,9 @@ def _letting_go(w: World, p: int) -> Iterator[Rule]:
             n[w.script[p]] = number + 1
 
         def can(s: Batch, number: int = number) -> Mask:
-            begun = s.eq(w.script[p], number) & w.registered(s, p) & _begins(w, s, p)
+            begun = s.eq(w.script[p], number) & _begins(w, s, p)
+            if not number:
+                begun &= w.registered(s, p)
             return begun & w.strategy.measures[number].guard(w, s, p)
 
         yield Rule(
@@ -179,7 +186,7 @@ def _begins(w: World, s: Batch, p: int) -> Mask:
         case At.HOOK:
             return s.ge(w.proc[p], Proc.KILLED)
         case At.DEATH:
-            return s.ge(w.proc[p], Proc.ZOMBIE)
+            return w.closed(s, p) & s.ge(w.proc[p], Proc.ZOMBIE)
 
 
 def _ghost_ends(w: World, p: int) -> Rule:

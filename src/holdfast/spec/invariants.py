@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must never be, as predicates over states. What a step must not do stands with the step.
 
-S1 and S1r (:func:`holdfast.spec.card.strike`), S3 (``World.unhold``), S4' (``World.connect``), S7
-(``World.master_on``) and S8 are judged where the step is taken.
+S1, S1r and S5 (:func:`holdfast.spec.card.strike`), S3 (``World.unhold``), S4'
+(``World.connect``), S7 (``World.master_on``) and S8 are judged where the step is taken.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from holdfast.spec.layout import Batch, Mask
-from holdfast.spec.world import ACTIVE, Eng, Hw, Know, Sw, World
+from holdfast.spec.world import ACTIVE, Eng, Hw, Know, World
 
 TEXTS: Final = {
     "S1": "a write lands in a frame that is free, or not the one any more that it was meant for",
@@ -19,7 +19,7 @@ TEXTS: Final = {
     "S3": "pages were let go while they could still be reached",
     "S4": "a free frame is the target of a descriptor or of a write on its way",
     "S4'": "an address was mapped to another frame while a descriptor that names it lived",
-    "S5": "the process lives, its transfer is done, and its page is not the one written to",
+    "S5": "the process lives and waits for its data, which lands in a page that is not its own",
     "S6": "a frame's count is lower than those who count on it",
     "S7": "bus mastering came on while something of an earlier owner could go on",
     "S8": "a page left quarantine without proof",
@@ -34,21 +34,15 @@ FINAL: Final = frozenset({"S1", "S1r"})
 
 def judge(w: World, s: Batch) -> dict[str, Mask]:
     """Where which state invariant is broken."""
-    broken = {"S2": s.false(), "S4": s.false(), "S5": s.false(), "S6": s.false(), "S9": s.false()}
+    broken = {"S2": s.false(), "S4": s.false(), "S6": s.false(), "S9": s.false()}
     for d in w.descriptors:
         access = w.may_access(s, d)
-        pending = access & s[w.sw[d]].astype(bool)
         for f in w.frames:
             reached = access & w.reaches(s, d, f)
             free = s.off(w.ref[f])
             broken["S4"] |= reached & free
             mine = s.on(w.target[d, f])
-            broken["S2"] |= pending & mine & w.reaches(s, d, f) & (free | s.off(w.fresh[d]))
-            for p in w.processes:
-                owner = s.on(w.owner[d, p])
-                done = owner & mine & s.eq(w.sw[d], Sw.REAPED) & s.off(w.reading[d])
-                lives = w.alive(s, p) & s.off(w.touched[p]) & s.on(w.address[p, f])
-                broken["S5"] |= done & lives & s.off(w.map[p, f])
+            broken["S2"] |= access & mine & w.reaches(s, d, f) & (free | s.off(w.fresh[d]))
     for f in w.frames:
         count = s[w.other[f]]
         for p in w.processes:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from holdfast.spec.layout import Batch, Mask
 from holdfast.spec.rules import Rule
+from holdfast.spec.setting import Iommu
 from holdfast.spec.world import Proc, World
 
 
@@ -27,6 +28,34 @@ def rules(w: World) -> Iterator[Rule]:
             yield from _forks(w, p)
     for f in w.frames:
         yield _another(w, f)
+    if w.setting.iommu is Iommu.LAZY:
+        yield _late_flush(w)
+
+
+def _late_flush(w: World) -> Rule:
+    """The queue of deferred invalidations is worked off (drivers/iommu/dma-iommu.c)."""
+
+    def stale(s: Batch, i: int) -> Mask:
+        return w.any(s, (w.tlb[i, f] for f in w.frames)) & ~w.any(
+            s, (w.pte[i, f] for f in w.frames)
+        )
+
+    def flush(n: Batch) -> None:
+        for i in w.iovas:
+            gone = stale(n, i)
+            for f in w.frames:
+                n.put(w.tlb[i, f], 0, gone)
+
+    def can(s: Batch) -> Mask:
+        found = s.false()
+        for i in w.iovas:
+            found |= stale(s, i)
+        return found
+
+    return Rule(
+        "iotlb_inv", "kernel", "the deferred invalidation of the IOTLB is done", can, flush,
+        fair=True,
+    )  # fmt: skip
 
 
 def _beginning(w: World, p: int) -> Iterator[Rule]:
@@ -140,6 +169,13 @@ def _paging(w: World, p: int) -> Iterator[Rule]:
         return w.alive(s, p) & w.maps_any(s, p) & w.strategy.lets_zap(w, s, p)
 
     yield Rule("munmap", f"P{p}", f"process {p} unmaps its buffer", can, lets_go, {"p": p})
+
+    def execute(n: Batch) -> None:
+        w.zap(n, p, n.off(w.ghost[p]))
+        n[w.window[p]] = 0
+        n[w.touched[p]] = 1
+
+    yield Rule("exec", f"P{p}", f"process {p} executes another program", can, execute, {"p": p})
     if w.setting.old:
         for f in w.frames:
             yield _swap(w, p, f)
@@ -165,8 +201,7 @@ def _paging(w: World, p: int) -> Iterator[Rule]:
 
 def _swap(w: World, p: int, f: int) -> Rule:
     def swap(n: Batch) -> None:
-        n[w.map[p, f]] = 0
-        w.drop(n, f, n.true())
+        w.clear_entry(n, p, f, n.true())
 
     # try_to_swap_out (mm/vmscan.c of 2.0) leaves reserved and locked pages; it ignores the count.
     return Rule(
@@ -178,8 +213,7 @@ def _swap(w: World, p: int, f: int) -> Rule:
 
 def _migrate(w: World, p: int, f: int, g: int) -> Rule:
     def move(n: Batch) -> None:
-        n[w.map[p, f]] = 0
-        w.drop(n, f, n.true())
+        w.clear_entry(n, p, f, n.true())
         n[w.map[p, g]] = 1
         w.take(n, g)
 
@@ -228,8 +262,7 @@ def _forks(w: World, p: int) -> Iterator[Rule]:
 
 def _copy_on_write(w: World, p: int, f: int, g: int) -> Rule:
     def copy(n: Batch) -> None:
-        n[w.map[p, f]] = 0
-        w.drop(n, f, n.off(w.reserved[f]))
+        w.clear_entry(n, p, f, n.true())
         n[w.map[p, g]] = 1
         w.take(n, g)
 
@@ -238,7 +271,9 @@ def _copy_on_write(w: World, p: int, f: int, g: int) -> Rule:
         for q in w.processes:
             if q != p:
                 shared |= s.on(w.map[q, f])
-        return w.alive(s, p) & s.on(w.map[p, f]) & shared & w.free(s, g)
+        return (
+            w.alive(s, p) & s.on(w.map[p, f]) & shared & w.free(s, g) & w.strategy.lets_zap(w, s, p)
+        )
 
     return Rule(
         "cow_fault", f"P{p}",

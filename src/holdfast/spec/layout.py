@@ -251,6 +251,10 @@ class Batch:
             was = self.failed.get(invariant)
             self.failed[invariant] = where if was is None else was | where
 
+    def forget_columns(self) -> None:
+        """After ``words`` were replaced."""
+        self._columns.clear()
+
     def true(self) -> Mask:
         return np.ones(len(self), np.bool_)
 

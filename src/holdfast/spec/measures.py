@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
+
 from holdfast.spec.layout import Batch, Mask
 from holdfast.spec.strategy import Measure
 from holdfast.spec.world import ACTIVE, Dom, Eng, Hw, Iova, Know, Sw, World
@@ -51,7 +53,7 @@ def _stop(w: World, n: Batch, _p: int) -> None:
 
 
 def _stopped(w: World, s: Batch, _p: int) -> Mask:
-    return s.among(w.eng, (Eng.STOPPING, Eng.QUIET))
+    return s.among(w.eng, (Eng.STOPPING, Eng.QUIET))  # one that hangs does not answer
 
 
 def _acknowledge(w: World, n: Batch, _p: int) -> None:
@@ -66,7 +68,7 @@ def _master_off(w: World, n: Batch, _p: int) -> None:
 def _reset(w: World, n: Batch, _p: int) -> None:
     """A reset that works ends what the engine does; one that lies leaves it, and bus master on."""
     works = n.off(w.lies) & n.ne(w.eng, Eng.GONE)
-    n.put(w.eng, Eng.QUIET, works)
+    n.put(w.eng, Eng.RUN, works)
     for d in w.descriptors:
         n.put(w.hw[d], Hw.ABORTED, works & n.among(w.hw[d], (*ACTIVE, Hw.WRITTEN)))
     n.put(w.bme, 1, ~works)
@@ -93,7 +95,27 @@ def _unmap(w: World, n: Batch, p: int) -> None:
         n.put(w.iova[i], state, n.on(w.iova_of[p, i]))
 
 
+def _proven(w: World, s: Batch, _p: int) -> Mask:
+    can_be_reset = s.off(w.lies) & s.ne(w.eng, Eng.GONE)
+    return (w.rests(s, _p) | can_be_reset) & w.delivered(s)
+
+
+def _prove(w: World, n: Batch, p: int) -> None:
+    by_itself = w.rests(n, p)
+    again = n.take(np.arange(len(n)))
+    _believed_reset(w, again, p)
+    _know_quiet(w, n, p)
+    n.words = [
+        np.where(by_itself, mine, other) for mine, other in zip(n.words, again.words, strict=True)
+    ]
+    n.forget_columns()
+
+
 def _unpin(w: World, n: Batch, p: int) -> None:
+    for d in w.descriptors:
+        for f in w.frames:
+            may = w.may_access(n, d) & n.on(w.owner[d, p]) & w.reaches(n, d, f)
+            n.fail("S8", may & n.on(w.quarantined[p, f]))
     for f in w.frames:
         mine = n.on(w.address[p, f])
         # Who marked pages reserved frees them itself: nobody else ever will.
@@ -122,7 +144,7 @@ GIVE_UP_WAITING: Final = Measure("timeout", "gives up waiting", _always, _nothin
 AWAIT_SIGNALS: Final = Measure("await_signals", "has seen every completion", _signalled, _nothing)
 AWAIT_REST: Final = Measure("idle", "sees the card at rest", _rests, _nothing)
 FLUSH: Final = Measure(
-    "flush_read", "reads from the card, and the answer comes", _delivered, _know_quiet
+    "flush_read", "reads from the card, and the answer comes", _delivered, _nothing
 )
 AWAIT_QUIET: Final = Measure(
     "quiet", "sees the card at rest and reads from it", _rests_and_delivered, _know_quiet
@@ -145,5 +167,8 @@ TO_DEFAULT: Final = Measure(
     "gives the card back to the kernel's identity domain, where it may be a bus master again",
     _always,
     _to_default,
+)
+PROVE: Final = Measure(
+    "prove", "sees the card at rest at last, or resets it", _proven, _prove, fair=False
 )
 QUARANTINE: Final = Measure("quarantine", "puts the pages into quarantine", _always, _quarantine)

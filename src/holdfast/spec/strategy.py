@@ -56,7 +56,7 @@ class At(enum.Enum):
     HOOK = enum.auto()
     """Before the pages go. The exit (and a munmap) waits."""
     DEATH = enum.auto()
-    """When somebody else sees that the process is dead. Nothing waits."""
+    """When somebody else sees that the process is dead and its file closed. Nothing waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +89,18 @@ class Strategy:
     """A thread shares the address space, so that the process is not its last user."""
     ghost_has_file: ClassVar[bool] = False
     """It shares the open files too."""
+    hides_window: ClassVar[bool] = False
+    """A child does not inherit the window to the card (VM_DONTCOPY)."""
     stops_before_zap: ClassVar[bool] = False
     """A notifier stops the card before any page of the buffer goes, for whatever reason."""
     unpins_when_done: ClassVar[bool] = False
     """The driver lets a living process's buffer go when its transfer is done and delivered."""
-    restores_default: ClassVar[bool] = False
-    """The card goes back to the kernel's identity domain, and may be a bus master again."""
+    ats: ClassVar[bool] = False
+    """The card has a translation cache of its own, whatever the bounds say."""
+    invalidates_card: ClassVar[bool] = True
+    """A strict unmap empties that cache, too."""
+    descriptors: ClassVar[int] = 1
+    """As many does a breach need, in the bounds of the table."""
     quarantine_bound: ClassVar[int] = 1
     """Frames in quarantine at which nothing new is admitted."""
     charges_process: ClassVar[bool] = False
@@ -124,11 +130,6 @@ class Strategy:
     @property
     def fork_copies(self) -> bool:
         return self.holds is Hold.LONGTERM
-
-    @property
-    def hides_window(self) -> bool:
-        """A child does not inherit the window to the card (VM_DONTCOPY)."""
-        return False
 
     @property
     def quarantines(self) -> bool:
@@ -165,7 +166,8 @@ class Strategy:
         """Where the exit of ``p`` may go on to take its pages."""
         if self.at is not At.HOOK:
             return s.true()
-        return ~w.registered(s, p) | s.eq(w.script[p], len(self.measures))
+        idle = ~w.registered(s, p) & s.off(w.script[p])
+        return idle | s.eq(w.script[p], len(self.measures))
 
     def lets_zap(self, w: World, s: Batch, p: int) -> Mask:
         """Where pages of the living process ``p`` may be taken."""
@@ -179,11 +181,15 @@ class Strategy:
             return s.true()
         done = s.true()
         for owner in w.processes:
-            waits = w.registered(s, owner) & w.closed(s, owner) & w.dead(s, owner)
+            begun = w.registered(s, owner) | s.on(w.script[owner])
+            waits = begun & w.closed(s, owner) & w.dead(s, owner)
             if owner != p:
                 waits &= s.on(w.kin[p, owner])
             done &= ~waits | s.eq(w.script[owner], len(self.measures))
         return done
+
+    def on_unmapped(self, w: World, n: Batch, p: int, f: int, where: Mask) -> None:
+        """A page leaves the page table of ``p``, before anybody counts it down."""
 
     def on_memory_gone(self, w: World, n: Batch, p: int) -> None:
         """The address space of ``p`` has ended."""

@@ -192,7 +192,7 @@ class World:
             yield Field("dom", 2)
             yield Field("pte", 1, "IF")
             yield Field("tlb", 1, "IF")
-            if bounds.ats:
+            if bounds.ats or strategy.ats:
                 yield Field("cached", 1, "IF")
             yield Field("iova", 2, "I")
             yield Field("iova_of", 1, "PI")
@@ -297,10 +297,15 @@ class World:
     def zap(self, n: Batch, p: int, where: Mask | None = None) -> None:
         """Take every page out of the page table of a process."""
         for f in self.frames:
-            mapped = n.on(self.map[p, f]) if where is None else where & n.on(self.map[p, f])
-            n.put(self.map[p, f], 0, mapped)
-            # free_pte of 2.0 leaves reserved pages alone: neither freed nor counted down.
-            self.drop(n, f, mapped & n.off(self.reserved[f]))
+            self.clear_entry(n, p, f, n.true() if where is None else where)
+
+    def clear_entry(self, n: Batch, p: int, f: int, where: Mask) -> None:
+        """Take one page out of the page table of a process."""
+        mapped = where & n.on(self.map[p, f])
+        n.put(self.map[p, f], 0, mapped)
+        self.strategy.on_unmapped(self, n, p, f, mapped)
+        # free_pte of 2.0 leaves reserved pages alone: neither freed nor counted down.
+        self.drop(n, f, mapped & n.off(self.reserved[f]))
 
     def unhold(self, n: Batch, p: int) -> None:
         """Let the frames go that were held for a process: the step on which all depends (S3)."""
@@ -363,3 +368,5 @@ class World:
                 n.put(self.pte[i, f], 0, mine)
                 if strict:
                     n.put(self.tlb[i, f], 0, mine)
+                    if self.strategy.invalidates_card:
+                        n.put(self.cached[i, f], 0, mine)
