@@ -43,7 +43,8 @@ _AXES: Final = {
     "cached": "IF", "iova": "I", "iova_of": "PI", "proc": "P", "file": "P", "window": "P",
     "know": "P", "live": "P", "touched": "P", "charged": "P", "ghost": "P", "script": "P",
     "kin": "PP", "bme": "", "eng": "", "lies": "", "dom": "", "kills": "", "forks": "",
-    "lease": "P", "mapping": "P", "fact": "PT", "keeper": "",
+    "lease": "P", "mapping": "P", "fact": "PT", "keeper": "", "crashes": "", "anchored": "P",
+    "isolated": "P", "tried": "P", "late": "P",
 }  # fmt: skip
 _ARGUMENTS: Final = {"p": "P", "q": "P", "f": "F", "g": "F", "d": "D", "i": "I"}
 _NAME: Final = re.compile(r"([^\[\]]+)\[(\d{1,6}(?:, \d{1,6})*)\]", re.ASCII)
@@ -282,8 +283,7 @@ class Scene:
 
     def _iova(self, s: State, i: int) -> Moment:
         state = value(s, "iova", i)
-        owners = [f"P{p}" for p in self.processes if value(s, "iova_of", p, i)]
-        owner = owners[0] if owners else NOBODY
+        owner = self._tenant(s, i)
         tables = {
             name: [f for f in self.frames if value(s, table, i, f)]
             for name, table in (("", "pte"), ("IOTLB", "tlb"), ("card's cache", "cached"))
@@ -297,6 +297,14 @@ class Scene:
             if state == Iova.RETIRED:
                 short = f"retired, {short}" if short else "retired"
         return Moment(", ".join(parts), short, owner if short != "retired" else NOBODY)
+
+    def _tenant(self, s: State, i: int) -> str:
+        """Whose an address is: if two had it one after the other, whose frame it leads to."""
+        having = [p for p in self.processes if value(s, "iova_of", p, i)]
+        for p in having:
+            if any(value(s, "pte", i, f) and value(s, "address", p, f) for f in self.frames):
+                return f"P{p}"
+        return f"P{having[0]}" if having else NOBODY
 
     def _card(self, s: State) -> Moment:
         eng = value(s, "eng")

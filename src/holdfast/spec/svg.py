@@ -97,8 +97,10 @@ class _Picture:
         named |= {
             f"P{p}" for p in scene.processes if any(value(s, "proc", p) for s in scene.states)
         }
-        if any("fab[" in name for state in scene.states for name in state):
-            named |= {"device", "fabric"}
+        if any(scene.owners(state, d) for state in scene.states for d in scene.descriptors):
+            named.add("device")
+        if any(value(state, "fab", d) for state in scene.states for d in scene.descriptors):
+            named.add("fabric")
         processes = sorted(name for name in named if is_process(name))
         known = [name for name in _ORDER if name in named]
         return [*processes, *known, *sorted(named - {*processes, *known})]
@@ -167,7 +169,7 @@ class _Picture:
         names = {ANOTHER: "an innocent process's", FREE: "free"}
         entries = [(names.get(owner, f"{owner}'s"), owner) for owner in owners]
         if any(moment.held for lane in self.bands for moment in lane.moments):
-            entries += [("held for DMA, too", "held"), ("only held for DMA", "only")]
+            entries += [("mapped, and held for DMA", "held"), ("only held for DMA", "only")]
         for name, owner in entries:
             fill, stroke = colours(owner)
             fill = f"url(#{_pattern(NOBODY)})" if owner == "only" else fill
@@ -327,7 +329,9 @@ class _Picture:
     def _hit(self, at: int, row: _Row) -> None:
         """A red frame around what was hit."""
         names = [f"frame {f}" for f in landed(self.scene, at)]
-        names = names or [lane.name for lane in self.scene.changed(at) if lane.kind == "frame"]
+        names = names or [
+            lane.name for lane in self.scene.changed(at) if lane.kind in ("frame", "iova")
+        ]
         for name in names:
             if name in self.x:
                 x = self.x[name] - _BAND / 2
