@@ -8,7 +8,8 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lab test-lab-full lab-tools lab-kernel-tools lint bench fuzz docs clean
+.PHONY: help demo test test-lab test-lab-full spec-tools lab-tools \
+        lab-kernel-tools lint bench fuzz docs clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -29,7 +30,7 @@ demo: .venv/.installed
 # Tests that measure the whole machine (marker "alone") cannot share it with others. Exit code 5
 # of pytest means that there are none of them. Tests that boot guests (marker "lab") load the whole
 # machine for minutes; they come last, by themselves.
-test: .venv/.installed-test
+test: .venv/.installed-test spec-tools
 	@$(BIN)/pytest -q -n 2 -m "not alone and not lab"
 	$(BIN)/pytest -q -m alone || [ $$? -eq 5 ]
 	$(MAKE) --no-print-directory test-lab
@@ -41,6 +42,19 @@ test-lab: .venv/.installed-test lab-tools
 test-lab-full: .venv/.installed-test lab-tools lab-kernel-tools
 	@$(BIN)/holdfast lab kernel
 	$(BIN)/pytest -q -n 2 --dist loadgroup -m "lab and full_kernel" tests/vm
+
+# The specification is checked against a second model, with SPIN, which writes C. Without it (and
+# without root to install it) those tests skip, and say so.
+spec-tools:
+	@missing=
+	command -v spin >/dev/null || missing=spin
+	echo '#include <stdio.h>' | gcc -E - >/dev/null 2>&1 || missing="$$missing gcc libc6-dev"
+	if [ "$$missing" ] && [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+	    echo "Installing" $$missing
+	    export DEBIAN_FRONTEND=noninteractive
+	    { apt-get update -qq && apt-get install -qq -y $$missing; } >/dev/null 2>&1 ||
+	        echo $$missing "cannot be installed" >&2
+	fi
 
 # Guests are made of Debian packages by mmdebstrap. Without it (and without root to install it) the
 # tests that need a guest skip, and say so.
