@@ -137,6 +137,10 @@ def landed(scene: Scene, at: int) -> list[int]:
 
 def _change(lane: Lane, at: int) -> str:
     now, was = lane.moments[at].text, lane.moments[at - 1].text
+    if lane.kind == "fact":  # facts are only ever added, or all forgotten
+        known = set(was.split("; "))
+        new = [each for each in now.split("; ") if each not in known]
+        return f"{lane.name}: {'; '.join(new)}"
     if lane.kind not in _ARROWS:
         return f"{lane.name}: {now}"
     if lane.kind == "iova":

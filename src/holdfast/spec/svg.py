@@ -316,7 +316,7 @@ class _Picture:
         if any(lane.kind in ("card", "descriptor") for lane in scene.changed(at)):
             return ["device"]
         process = f"P{step.args.get('p', '')}"
-        return [process] if process != actor else []
+        return [process] if actor == "kernel" else []
 
     def _arrow(self, x: float, to: float, y: float, stroke: str, wide: float) -> None:
         way = 1 if to > x else -1
