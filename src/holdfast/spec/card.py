@@ -71,6 +71,9 @@ def _transfer(w: World, d: int) -> Iterator[Rule]:
             lambda s: s.eq(w.hw[d], Hw.FETCHED) & _runs(w, s) & s.on(w.reading[d]), read, {"d": d},
         )  # fmt: skip
 
+    if w.strategy.coarse:
+        return  # nobody goes by signals
+
     def signal(n: Batch) -> None:
         n[w.sw[d]] = Sw.SIGNALLED
 

@@ -44,7 +44,6 @@ def _prepare(w: World, p: int, f: int, i: int | None) -> Rule:
         n[w.know[p]] = Know.UNKNOWN
         n[w.charged[p]] = 1
         n[w.ghost[p]] = 1
-        n[w.locked[f]] = 1
         n[w.reserved[f]] = 1
         if owned:
             n[w.map[p, f]] = 1
@@ -59,6 +58,9 @@ def _prepare(w: World, p: int, f: int, i: int | None) -> Rule:
 
     def can(s: Batch) -> Mask:
         ready = w.alive(s, p) & ~w.registered(s, p) & ~_given_up(w, s)
+        for parent in w.processes:
+            if parent != p:
+                ready &= s.off(w.kin[p, parent])  # a child uses what it inherited
         ready &= w.free(s, f) if owned else s.on(w.map[p, f])
         if strategy.pins and not owned and not w.setting.old:
             # pin_user_pages for writing breaks copy on write first: the page is the process's own
@@ -208,7 +210,7 @@ def _ghost_ends(w: World, p: int) -> Rule:
 
 def _done(w: World, p: int) -> Rule:
     def done(n: Batch) -> None:
-        measures.FLUSH.effect(w, n, p)
+        measures.AWAIT_QUIET.effect(w, n, p)
         measures.UNPIN.effect(w, n, p)
 
     def can(s: Batch) -> Mask:

@@ -90,40 +90,52 @@ def _another(w: World, f: int) -> Rule:
         n[w.other[f]] = 1
         w.take(n, f)
 
+    def can(s: Batch) -> Mask:
+        free = w.free(s, f)
+        if w.strategy.coarse:  # who takes it before the card was told of it takes no part
+            free &= w.any(s, (w.address[p, f] for p in w.processes))
+        return free
+
     return Rule(
-        "other_takes", "another", f"an innocent process is given frame {f}",
-        lambda s: w.free(s, f), take, {"f": f},
-    )  # fmt: skip
+        "other_takes", "another", f"an innocent process is given frame {f}", can, take, {"f": f}
+    )
 
 
 def _ending(w: World, p: int) -> Iterator[Rule]:
     def kill(n: Batch) -> None:
         n[w.proc[p]] = Proc.KILLED
-        n[w.kills] = n[w.kills] + 1
+        n[w.kills] = n[w.kills] + ~w.hung_up(n, p)
 
     yield Rule(
         "kill", f"P{p}", f"process {p} is killed",
-        lambda s: w.alive(s, p) & s.lt(w.kills, w.setting.bounds.kills), kill, {"p": p},
+        lambda s: w.alive(s, p) & (s.lt(w.kills, w.setting.bounds.kills) | w.hung_up(s, p)), kill,
+        {"p": p},
     )  # fmt: skip
 
     def hook(n: Batch) -> None:
         n[w.proc[p]] = Proc.HOOKED
 
+    coarse = w.strategy.coarse
     first = "the areas below its buffer are closed" if w.setting.old else "its notifiers are called"
-    yield _exit(w, p, "hook", Proc.KILLED, hook, first, w.strategy.lets_pages_go)
+    if not coarse:
+        yield _exit(w, p, "hook", Proc.KILLED, hook, first, w.strategy.lets_pages_go)
 
     def zap(n: Batch) -> None:
         n[w.proc[p]] = Proc.ZAPPED
         w.zap(n, p, n.off(w.ghost[p]))  # the last user of an address space frees its pages
         w.strategy.on_memory_gone(w, n, p)
+        if coarse:
+            close(n)
 
-    yield _exit(w, p, "zap", Proc.HOOKED, zap, "the kernel takes its pages")
+    begin = Proc.KILLED if coarse else Proc.HOOKED
+    yield _exit(w, p, "zap", begin, zap, "the kernel takes its pages")
 
     def close(n: Batch) -> None:
         n[w.proc[p]] = Proc.CLOSED
         n[w.window[p]] = 0
 
-    yield _exit(w, p, "close", Proc.ZAPPED, close, "its window to the card is closed")
+    if not coarse:
+        yield _exit(w, p, "close", Proc.ZAPPED, close, "its window to the card is closed")
 
     def files(n: Batch) -> None:
         n[w.proc[p]] = Proc.FILED
@@ -139,6 +151,8 @@ def _ending(w: World, p: int) -> Iterator[Rule]:
     def reap(n: Batch) -> None:
         n[w.proc[p]] = Proc.REAPED
 
+    if coarse:
+        return  # what is left of it is nobody's concern
     yield _exit(w, p, "reap_process", Proc.ZOMBIE, reap, "its parent has waited for it")
 
 
@@ -203,12 +217,15 @@ def _swap(w: World, p: int, f: int) -> Rule:
     def swap(n: Batch) -> None:
         w.clear_entry(n, p, f, n.true())
 
-    # try_to_swap_out (mm/vmscan.c of 2.0) leaves reserved and locked pages; it ignores the count.
+    def can(s: Batch) -> Mask:
+        # try_to_swap_out (mm/vmscan.c) leaves reserved pages, and locked areas; since 2.0.34 it
+        # ignores the count. (Up to 2.0.33 a raised count kept a dirty page in memory, too.)
+        ready = w.alive(s, p) & s.on(w.map[p, f]) & s.off(w.reserved[f])
+        return ready & s.off(w.address[p, f]) if w.strategy.locks else ready
+
     return Rule(
-        "swap", "kernel", f"frame {f} of process {p} is swapped out",
-        lambda s: w.alive(s, p) & s.on(w.map[p, f]) & s.off(w.reserved[f]) & s.off(w.locked[f]),
-        swap, {"p": p, "f": f},
-    )  # fmt: skip
+        "swap", "kernel", f"frame {f} of process {p} is swapped out", can, swap, {"p": p, "f": f}
+    )
 
 
 def _migrate(w: World, p: int, f: int, g: int) -> Rule:
@@ -235,10 +252,12 @@ def _forks(w: World, p: int) -> Iterator[Rule]:
         def fork(n: Batch, q: int = q) -> None:
             n[w.forks] = 1
             n[w.proc[q]] = Proc.ALIVE
-            n[w.kin[q, p]] = 1
+            n[w.kin[q, p]] = n[w.file[p]]
             n[w.file[q]] = n[w.file[p]]
             if not w.strategy.hides_window:
-                n[w.window[q]] = n[w.window[p]]
+                # Whoever inherits the window inherits the file with it. A process that gives the
+                # one away and has closed the other is not modelled: see "what is assumed".
+                n[w.window[q]] = n.on(w.window[p]) & n.on(w.file[p])
             for f in w.frames:
                 shared = n.on(w.map[p, f])
                 if w.strategy.fork_copies:  # the child gets a copy of a pinned page (mm/memory.c)

@@ -65,12 +65,18 @@ def _master_off(w: World, n: Batch, _p: int) -> None:
     n[w.bme] = 0
 
 
-def _reset(w: World, n: Batch, _p: int) -> None:
-    """A reset that works ends what the engine does; one that lies leaves it, and bus master on."""
-    works = n.off(w.lies) & n.ne(w.eng, Eng.GONE)
-    n.put(w.eng, Eng.RUN, works)
+def reset_works(w: World, n: Batch, where: Mask | None = None) -> None:
+    """A reset ends whatever the engine was doing, and clears what it remembers."""
+    here = n.true() if where is None else where
+    n.put(w.eng, Eng.RUN, here)
     for d in w.descriptors:
-        n.put(w.hw[d], Hw.ABORTED, works & n.among(w.hw[d], (*ACTIVE, Hw.WRITTEN)))
+        n.put(w.hw[d], Hw.ABORTED, here & n.among(w.hw[d], (*ACTIVE, Hw.WRITTEN)))
+
+
+def _reset(w: World, n: Batch, _p: int) -> None:
+    """One that lies leaves the engine as it is, and bus mastering on."""
+    works = n.off(w.lies) & n.ne(w.eng, Eng.GONE)
+    reset_works(w, n, works)
     n.put(w.bme, 1, ~works)
 
 
@@ -122,7 +128,6 @@ def _unpin(w: World, n: Batch, p: int) -> None:
         marked = mine & n.on(w.reserved[f])
         n.put(w.reserved[f], 0, marked)
         w.drop(n, f, marked & ~w.any(n, (w.map[q, f] for q in w.processes)))
-        n.put(w.locked[f], 0, mine)
         n.put(w.quarantined[p, f], 0, mine)
     w.unhold(n, p)
     n[w.charged[p]] = 0

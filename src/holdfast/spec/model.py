@@ -34,6 +34,8 @@ class StrategyModel:
         kinds = 2 if self.strategy.resets else 1
         start = Batch([np.zeros(kinds, np.uint64) for _ in range(self.layout.words)])
         start[self.world.lies] = np.arange(kinds, dtype=np.uint8)
+        if self.world.keeper.bits:
+            start[self.world.bme] = 1  # it took the card over, saw it at rest, and turned it on
         return start
 
     def judge(self, states: Batch) -> dict[str, Mask]:

@@ -48,6 +48,8 @@ class Bounds:
     """The card has a translation cache of its own (PCIe Address Translation Services)."""
     hangs: bool = True
     """The card may stop silently, go wild, or be pulled out."""
+    detail: bool = False
+    """A keeper's world in every detail: each step of an exit apart, signals, early takers."""
     paging: bool = True
     """The kernel swaps, migrates, reaps; processes unmap, discard, exec."""
     symmetry: bool = True
@@ -56,7 +58,7 @@ class Bounds:
 
 BOUNDS: Final = {
     "table": Bounds(descriptors=1, kills=1),
-    "full": Bounds(reads=True, ats=True),
+    "full": Bounds(reads=True, ats=True, detail=True),
     "core": Bounds(forks=0, crashes=0, hangs=False, paging=False, symmetry=False),
 }
 """Named configurations: of the table, of everything, and of the part that is modelled twice."""

@@ -101,6 +101,8 @@ class Strategy:
     """A strict unmap empties that cache, too."""
     descriptors: ClassVar[int] = 1
     """As many does a breach need, in the bounds of the table."""
+    firmware_lies: ClassVar[bool] = False
+    """The card says that it is at rest while it is not."""
     quarantine_bound: ClassVar[int] = 1
     """Frames in quarantine at which nothing new is admitted."""
     charges_process: ClassVar[bool] = False
@@ -128,8 +130,18 @@ class Strategy:
         return self.holds not in (Hold.NOTHING, Hold.LOCK, Hold.RESERVED)
 
     @property
+    def locks(self) -> bool:
+        """The buffer is in a locked area (VM_LOCKED)."""
+        return self.holds in (Hold.LOCK, Hold.REFERENCE_AND_LOCK)
+
+    @property
     def fork_copies(self) -> bool:
         return self.holds is Hold.LONGTERM
+
+    @property
+    def coarse(self) -> bool:
+        """What makes no difference to a keeper is not told apart."""
+        return False
 
     @property
     def quarantines(self) -> bool:
@@ -147,8 +159,6 @@ class Strategy:
             yield Field("script", 4, "P")
         if self.holds is Hold.RESERVED:
             yield Field("reserved", 1, "F")
-        if self.holds in (Hold.LOCK, Hold.REFERENCE_AND_LOCK):
-            yield Field("locked", 1, "F")
         if self.quarantines:
             yield Field("quarantined", 1, "PF")
         if self.ghost:

@@ -140,7 +140,7 @@ class World:
         group = self.layout.group
         # memory
         self.ref, self.other, self.reserved = group("ref"), group("other"), group("reserved")
-        self.locked, self.quarantined = group("locked"), group("quarantined")
+        self.quarantined = group("quarantined")
         self.map, self.hold, self.address = group("map"), group("hold"), group("address")
         self.live, self.touched, self.charged = group("live"), group("touched"), group("charged")
         # processes
@@ -155,6 +155,11 @@ class World:
         # translation
         self.dom, self.pte, self.tlb = group("dom")[()], group("pte"), group("tlb")
         self.cached, self.iova, self.iova_of = group("cached"), group("iova"), group("iova_of")
+        # the keeper (see there)
+        self.lease, self.fact, self.mapping = group("lease"), group("fact"), group("mapping")
+        self.anchored, self.isolated = group("anchored"), group("isolated")
+        self.tried, self.late = group("tried"), group("late")
+        self.keeper, self.crashes = group("keeper")[()], group("crashes")[()]
 
     # -- variables ------------------------------------------------------------
 
@@ -186,7 +191,7 @@ class World:
             yield Field("reading", 1, "D")
         if bounds.forks:
             yield Field("forks", 1)
-            yield Field("kin", 1, "PQ")  # P was forked from Q
+            yield Field("kin", 1, "PQ")  # P has inherited what Q had of the card
         yield from strategy.fields()
         if setting.translated:
             yield Field("dom", 2)
@@ -226,6 +231,10 @@ class World:
 
     def alive(self, s: Batch, p: int) -> Mask:
         return s.eq(self.proc[p], Proc.ALIVE)
+
+    def hung_up(self, s: Batch, p: int) -> Mask:
+        """It has closed the connection of a lease that goes on."""
+        return s.on(self.lease[p]) & s.off(self.file[p])
 
     def closed(self, s: Batch, p: int) -> Mask:
         """Nobody has the file that this process opened any more (nor the socket of its lease)."""
@@ -343,6 +352,8 @@ class World:
         for d in self.descriptors:
             left = n.among(self.hw[d], ACTIVE)
             left |= n.eq(self.eng, Eng.HUNG_WILD) & n.eq(self.hw[d], Hw.WRITTEN)
+            for p in self.processes:
+                left &= ~(n.on(self.owner[d, p]) & self.alive(n, p) & self.holds_any(n, p))
             if self.setting.translated:
                 retired = n.false()
                 for i in self.iovas:
@@ -351,17 +362,21 @@ class World:
             n.fail("S7", was_off & left)
         n[self.bme] = 1
 
-    def connect(self, n: Batch, i: int, f: int) -> None:
+    def connect(self, n: Batch, i: int, f: int, where: Mask | None = None) -> None:
         """Have an address lead to a frame. S4': no descriptor that names it may still live."""
+        here = n.true() if where is None else where
         for d in self.descriptors:
             live = n.on(self.named[d, i]) & n.off(self.target[d, f]) & self.may_access(n, d)
-            n.fail("S4'", live)
-        n[self.pte[i, f]] = 1
-        n[self.iova[i]] = Iova.USED
+            n.fail("S4'", here & live)
+        n.put(self.pte[i, f], 1, here)
+        n.put(self.iova[i], Iova.USED, here)
 
-    def disconnect(self, n: Batch, p: int, where: Mask) -> None:
-        """Take the addresses of an owner out of the page table, and out of the caches if strict."""
-        strict = self.setting.iommu is Iommu.STRICT
+    def disconnect(self, n: Batch, p: int, where: Mask, *, flushed: bool = True) -> None:
+        """Take the addresses of an owner out of the page table, and out of the caches if strict.
+
+        Not ``flushed``: the invalidation did not come to its end.
+        """
+        strict = self.setting.iommu is Iommu.STRICT and flushed
         for i in self.iovas:
             mine = where & n.on(self.iova_of[p, i])
             for f in self.frames:

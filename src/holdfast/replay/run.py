@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Play a story from its beginning to its end, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from holdfast.errors import HoldfastError, UsageError, from_fields, to_fields
+from holdfast.kernel.process import become_subreaper
+from holdfast.replay.acts import ACTS, act
+from holdfast.replay.card import ClockedCard, PacedCard
+from holdfast.replay.failure import Disagreement
+from holdfast.replay.outcome import Outcome, Played
+from holdfast.replay.plan import plan, refuse
+from holdfast.replay.stage import Stage
+from holdfast.spec.trace import Trace
+from holdfast.torture.actors import spawn
+from holdfast.torture.stack import kill_tree
+
+TARGETS: Final[dict[str, type[PacedCard]]] = {card.target: card for card in (PacedCard, ClockedCard)}
+TIMEOUT: Final = 60.0
+"""Seconds for a whole story."""
+
+
+def run(trace: Trace, target: str = PacedCard.target) -> Outcome:
+    """Play a story.
+
+    ``target``: ``paced:edu``, whose every step is commanded, or ``emu:edu``, which goes by the
+    clock and cannot play everything.
+
+    Forks: the story runs in processes of its own, all of which have ended when this returns or
+    raises. UsageError or NotSupported name an event that cannot be played; :class:`Disagreement`
+    means that reality did not do what the story says, and is no verdict.
+    """
+    if target not in TARGETS:
+        raise UsageError(
+            f"no target {target!r}", operation="replay", hint=f"choose from {', '.join(TARGETS)}"
+        )
+    return Outcome.from_json(apart(lambda: play(trace, target).to_json()))
+
+
+def play(trace: Trace, target: str) -> Outcome:
+    """Play a story in this very process, which must have no threads, and children of its own."""
+    events = [step.event for step in trace.steps]
+    for event in events:
+        if event not in ACTS:
+            raise refuse(event, f"these can: {', '.join(sorted(ACTS))}")
+    outcome = Outcome.of(trace, target)
+    stage = Stage(plan(trace), TARGETS[target], events)
+    try:
+        before = trace.start
+        for number, step in enumerate(trace.steps, 1):
+            begun = time.monotonic_ns()
+            try:
+                act(stage, step, before, outcome)
+                stage.obey(before, step.after)
+                stage.compare(step.after)
+            except HoldfastError as error:
+                error.target = f"step {number} ({step.event})"
+                raise
+            outcome.timeline.append(Played(step.event, step.text, begun, time.monotonic_ns()))
+            before = step.after
+        stage.look(outcome)
+        outcome.refused = stage.card.refused()
+    finally:
+        stage.close()
+    return outcome
+
+
+def apart(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run ``body`` in a forked process that inherits the orphans below it; what it returned.
+
+    Raises what it raised, if that is a HoldfastError. After :data:`TIMEOUT` it and everything
+    below it are killed.
+    """
+
+    def conduct(_: int, writing: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        told: dict[str, Any]
+        try:
+            become_subreaper()
+            told = {"outcome": body()}
+        except HoldfastError as error:
+            told = {"error": to_fields(error)}
+        data = json.dumps(told).encode()
+        while data:
+            data = data[os.write(writing, data) :]
+
+    child = spawn(conduct)
+    data = b""
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while select.select([child.reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            piece = os.read(child.reading, 1 << 16)
+            if not piece:
+                break
+            data += piece
+        else:
+            raise Disagreement(f"not done after {TIMEOUT:g} s", operation="replay")
+    finally:
+        kill_tree(child.pid)
+        child.reap()
+    if not data:
+        raise Disagreement("the process that plays it failed", operation="replay")
+    told = json.loads(data)
+    if "outcome" in told:
+        return dict(told["outcome"])
+    fields = told["error"]
+    error = from_fields(fields)
+    raise Disagreement(
+        error.what, operation=error.operation, target=error.target, hint=error.hint
+    ) if fields["kind"] == Disagreement.__name__ else error
