@@ -30,6 +30,7 @@ _COMMANDS = {
     "regs": "print a function's registers, from the rows its driver uses",
     "run": "run a command, and report its exit only after its leases have been released",
     "serve": "keep a function: hand out leases, outlive their holders",
+    "spec": "try every order of events: which ways of holding DMA memory are safe, and why not",
     "torture": "kill everybody at every named step, and look from outside",
     "unbind": "give PCI functions back to the drivers they had",
 }
