@@ -14,6 +14,7 @@ import pytest
 from holdfast.errors import DeviceError, DeviceGone, RemoteError
 from holdfast.keeper import function
 from holdfast.keeper.held import FunctionProcess
+from holdfast.keeper.proving import Proving
 from holdfast.keeper.state import RELEASE_GATE, Fact, Gate, State
 from holdfast.values import Policy
 
@@ -103,6 +104,81 @@ def test_channels_and_iovas_return_once_an_unmapped_lease_is_proven_quiet(
                 await asyncio.sleep(0.001)
 
     it.die(then)
+
+
+def test_what_was_withheld_stays_so_while_somebody_may_still_post(bench: MakeBench) -> None:
+    it = bench("plain")
+    it.function.has_reset = False
+    it.lease.signal(hung_up=True)
+
+    async def then() -> None:
+        await it.reached(State.RELEASED)  # unmapped under a strict translation: that is enough
+        it.driver.busy = 0
+        it.driver.stops = True
+        calls = len(it.driver.calls)
+        async with asyncio.timeout(5):
+            while len(it.driver.calls) < calls + 3:  # noqa: ASYNC110 - it was looked at meanwhile
+                await asyncio.sleep(0.001)
+        assert it.host.space.retired == SIZE
+        assert it.host.free_channels == {1}
+        it.lease.signal(process_dead=True)
+        async with asyncio.timeout(5):
+            while it.host.space.retired or it.host.free_channels != {0, 1}:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    it.die(then)
+
+
+def _posts_behind_the_look(it: Any) -> None:
+    """Its client has hung up. It posts right after the second look, and dies before the keeper
+    hears what that look saw."""
+    it.driver.busy = 0
+    it.lease.signal(hung_up=True)
+    looks = [0]
+    loop: list[asyncio.AbstractEventLoop] = []
+    look = it.driver.in_flight
+
+    def in_flight(channels: Any) -> int:
+        looks[0] += 1
+        found = int(look(channels))
+        if looks[0] == 3:  # the first is of what was in flight at its death
+            it.driver.busy = 1
+            loop[0].call_soon_threadsafe(it.lease.signal)
+            loop[0].call_soon_threadsafe(it.both_signals)
+        return found
+
+    it.driver.in_flight = in_flight
+    it.start = lambda: loop.append(asyncio.get_running_loop())
+
+
+def test_what_is_posted_between_the_last_look_and_the_death_is_seen(bench: MakeBench) -> None:
+    it = bench("plain", arena=True)
+    _posts_behind_the_look(it)
+
+    async def then() -> None:
+        it.start()
+        await it.reached(State.QUARANTINE)
+        assert it.host.source.held_bytes == SIZE
+        it.driver.busy = 0
+
+    it.die(then)
+    assert it.states[:4] == [State.FROZEN, State.DRAINING, State.QUIET, State.QUARANTINE]
+
+
+def test_without_the_second_look_memory_would_go_under_a_running_engine(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: an answer that is taken for the last one whenever it was given."""
+    it = bench("plain", arena=True)
+    _posts_behind_the_look(it)
+    monkeypatch.setattr(Proving, "final", property(lambda _: True, lambda _, __: None))
+
+    async def then() -> None:
+        it.start()
+
+    it.die(then)
+    assert it.driver.busy == 1
+    assert it.states == [State.FROZEN, State.DRAINING, State.QUIET, State.RELEASED]
 
 
 @pytest.mark.parametrize("arena", [True, False])

@@ -113,8 +113,7 @@ def _go_on(keeper: Keeper, lease: Lease, contents: Contents) -> None:
             for entry in contents.entries.values()
             if entry.lease == lease.number and entry.state is MapState.RETIRED
         ]
-        keeper.continuity.scope.drop(f"lease/{lease.number}/pidfd")
-        os.close(lease.peer.pidfd)
+        _go_on_withholding(keeper, lease)
         deadlines = keeper.settings.deadlines
         proving = Proving(lease, keeper.host, keeper.desk, deadlines, keeper, ranges)
         keeper.host.keep(give_channels_back(proving))
@@ -134,6 +133,18 @@ def _go_on(keeper: Keeper, lease: Lease, contents: Contents) -> None:
     keeper.watch_client(lease)
     if held is not None:
         keeper.attend_again(lease, Connection(socket.socket(fileno=held[0][0]), keeper.traffic))
+
+
+def _go_on_withholding(keeper: Keeper, lease: Lease) -> None:
+    """The signs of death that a released lease still lacks; they were let go of when they came."""
+    scope = keeper.continuity.scope
+    if scope.find(f"lease/{lease.number}/socket") is None:
+        lease.signal(hung_up=True)
+    if scope.find(f"lease/{lease.number}/pidfd") is None:
+        lease.signal(process_dead=True)
+        os.close(lease.peer.pidfd)
+    else:
+        keeper.watch_client(lease)
 
 
 async def _reconnect_if_free(keeper: Keeper) -> None:

@@ -66,15 +66,19 @@ async def _try(proving: Proving) -> bool:
 
 
 async def _withheld(proving: Proving) -> None:
-    """After UNMAPPED: wait for the engine's own idle, then reinstate IOVAs and channels."""
+    """After UNMAPPED: wait for the engine's own idle, then reinstate IOVAs and channels.
+
+    Not while somebody may still hold a window to the engine: what he posts names these IOVAs.
+    """
     pause = proving.deadlines.quarantine
     while not proving.host.proven_gone():
         await asyncio.sleep(pause)
         pause = min(2 * pause, proving.deadlines.quarantine_longest)
         try:
             # Told to stop first: nobody waits for what it was at any more.
-            if not await proving.stop() or not await proving.at_rest():
+            if not await proving.stop() or not proving.cannot_post() or not await proving.at_rest():
                 continue
+            await proving.flush()  # what it sent before must not arrive at an address used again
         except HoldfastError:
             continue
         proving.desk.reinstate(proving.retired)

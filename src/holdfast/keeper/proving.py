@@ -65,6 +65,9 @@ class Proving:
     announcer: Announcer
     retired: list[tuple[Iova, int]] = field(default_factory=list)
     """IOVAs of this lease that were taken out of use."""
+    final: bool = False
+    """What was last seen of the engine was seen when nobody could post any more. Else it may have
+    been started again since, and be at work although every fact is there."""
 
     # -- the engine ------------------------------------------------------------
 
@@ -84,16 +87,25 @@ class Proving:
     async def stop(self) -> bool:
         """Stop the engine for this lease; True if that was acknowledged."""
         driver, channels, facts = self.host.driver, self.lease.channels, self.host.facts
+        certain = self.cannot_post()
         if self.lease.mediated is not None:
+            self.final = certain
             return await self.lease.mediated.stop(self.deadlines.stop)
         if not self.lease.claimed:
             self.lease.machine.observe(Fact.CANNOT_POST)  # it was given no channel and no register
+            self.final = True
             return True
         if not await self.drive(lambda: asking.stop(driver, channels)):
             return False
         if facts.stop_is_final and not self.lease.maps_registers:
             self.lease.machine.observe(Fact.CANNOT_POST)
+            certain = True
+        self.final = certain
         return True
+
+    def cannot_post(self) -> bool:
+        """Whether it is known that nobody can start the engine for this lease any more."""
+        return Fact.CANNOT_POST in self.lease.machine.facts
 
     async def at_rest(self) -> bool:
         """Whether nothing is in flight, twice; the second look is a stop where there is one.
@@ -101,7 +113,12 @@ class Proving:
         The stop is not for the engine, which rests, but for its doorbells: a duplicate may live on
         in a process that never had the lease's socket.
         """
-        return not await self.in_flight() and (await self.stop() or not await self.in_flight())
+        if await self.in_flight():
+            return False
+        if await self.stop():
+            return True
+        self.final = self.cannot_post()
+        return not await self.in_flight()
 
     async def wait_idle(self) -> None:
         """Return once the function was seen at rest."""
@@ -175,6 +192,7 @@ class Proving:
         if not host.backend.promises.reset:
             return False, "the function has no reset"
         host.disturbed += 1
+        self.final = self.cannot_post()
         try:
             await host.call_within(self.deadlines.reset, host.reset)
             stayed_off = await host.call(host.look_after_reset)

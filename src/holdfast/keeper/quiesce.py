@@ -255,15 +255,20 @@ class Quiesce:
     # -- details ------------------------------------------------------------
 
     async def _no_more_posts(self) -> bool:
-        """Idle is only quiet if nobody can post any more; False if somebody did meanwhile."""
+        """Idle is only quiet if nobody can post any more; False if somebody did meanwhile.
+
+        What was seen before that was certain says nothing: whoever held the lease may have posted
+        after the look, and died before its answer was taken note of. Then it is looked at again.
+        """
         facts = self.lease.machine.facts
-        enough = {Fact.CANNOT_POST, Fact.FUNCTION_GONE, Fact.STRICTLY_UNMAPPED}
-        if facts & enough:
-            return True
-        self.lease.note("waiting for the other death signal: someone still holds the lease")
-        while not facts & enough:
+        unreachable = {Fact.FUNCTION_GONE, Fact.STRICTLY_UNMAPPED}
+        if not self.proving.cannot_post() and not facts & unreachable:
+            self.lease.note("waiting for the other death signal: someone still holds the lease")
+        while not self.proving.cannot_post() and not facts & unreachable:
             self.lease.changed.clear()
             await self.lease.changed.wait()
+        if self.proving.final or facts & unreachable:
+            return True
         try:
             return await self.proving.at_rest()
         except HoldfastError as error:

@@ -328,9 +328,11 @@ class Keeper:
         return lease.outcome()
 
     def _died(self, lease: Lease) -> None:
-        self._loop.remove_reader(lease.peer.pidfd)
         lease.signal(process_dead=True)
-        self.end(lease, "its process died")
+        if lease.number not in self.leases:  # its memory is back, its channels were withheld
+            return self._unwatch(lease)
+        self._loop.remove_reader(lease.peer.pidfd)
+        return self.end(lease, "its process died")
 
     def _hung_up(self, lease: Lease | None, connection: Connection) -> None:
         if lease is not None:
@@ -341,8 +343,7 @@ class Keeper:
         self.greeted.pop(lease.number, None)
         session = self.sessions.pop(lease.number, None)
         if session is None:  # never admitted, so nobody else closes it
-            self.continuity.scope.drop(f"lease/{lease.number}/pidfd")
-            os.close(lease.peer.pidfd)
+            self._unwatch(lease)
             return
         if session.closed_orderly:
             lease.signal(goodbye=True)
@@ -373,6 +374,10 @@ class Keeper:
         self.leases.pop(lease.number, None)
         self._one_less.set()
         self.settled(lease)
+        if lease.process_dead or lease.stage is not Stage.WITHHELD:
+            self._unwatch(lease)
+
+    def _unwatch(self, lease: Lease) -> None:
         self._loop.remove_reader(lease.peer.pidfd)
         self.continuity.scope.drop(f"lease/{lease.number}/pidfd")
         os.close(lease.peer.pidfd)
@@ -435,11 +440,8 @@ class Keeper:
         ]
 
     def quarantined(self) -> int:
-        return sum(
-            lease.nbytes
-            for lease in self.leases.values()
-            if lease.machine.state is State.QUARANTINE
-        )
+        kept = (each for each in self.leases.values() if each.machine.state is State.QUARANTINE)
+        return sum(lease.nbytes for lease in kept)
 
     def unaccounted(self) -> int:
         """Bytes that the source of memory has given out and no lease holds: must be 0."""

@@ -83,6 +83,8 @@ class Fact(enum.StrEnum):
 
 
 QUIET_PROOFS = frozenset({Fact.IDLE_CONFIRMED, Fact.STOP_ACKNOWLEDGED, Fact.RESET_TRUSTED})
+FORGOTTEN = QUIET_PROOFS | {Fact.FLUSHED}
+"""What does not count any more once a lease is in quarantine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,7 @@ class Machine:
         if self.state is State.QUARANTINE:
             # What led here contradicts what was seen of the engine before: it must be seen anew,
             # and flushed anew, because a read pushes only what was sent before it.
-            self.facts -= QUIET_PROOFS | {Fact.FLUSHED}
+            self.facts -= FORGOTTEN
         return self.state
 
     def withheld(self) -> tuple[Fact, ...]:
