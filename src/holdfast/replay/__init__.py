@@ -12,9 +12,10 @@ Read :mod:`holdfast.replay.stage`, then :mod:`holdfast.replay.acts`.
 
 from __future__ import annotations
 
-from holdfast.replay.card import ClockedCard, PacedCard
+from holdfast.replay.card import PacedCard
+from holdfast.replay.clocked import ClockedCard
 from holdfast.replay.failure import Disagreement
 from holdfast.replay.outcome import Outcome
-from holdfast.replay.run import TARGETS, run
+from holdfast.replay.playing import TARGETS, run
 
 __all__ = ["TARGETS", "ClockedCard", "Disagreement", "Outcome", "PacedCard", "run"]

@@ -103,6 +103,10 @@ class Memory:
 
     # -- judgement ------------------------------------------------------------
 
+    def foreign_in(self, f: int) -> int:
+        """Foreign bytes in a frame that somebody has who cannot be asked any more."""
+        return foreign(self.read(f), self.frames[f].rightful)
+
     def foreign_in_hold(self, p: int, f: int) -> int:
         """Foreign bytes in a page that the driver holds, as it sees them."""
         return foreign(self.holds[p, f][:], self.frames[f].rightful)

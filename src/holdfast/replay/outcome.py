@@ -102,5 +102,3 @@ def worst(found: dict[str, int], who: str, count: int) -> None:
     """Remember the largest count that somebody found."""
     if count > found.get(who, 0):
         found[who] = count
-
-

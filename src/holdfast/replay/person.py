@@ -43,11 +43,9 @@ class Person:
         self.number = number
         self.pid = pid
         self.sock = sock
-        self.started = False
         self.alive = True
         """It was not killed."""
         self.executed = False
-        self.reaped = False
         self._ram = os.fstat(ram).st_ino
         self._pidfd = os.pidfd_open(pid)
 
@@ -118,13 +116,12 @@ class Person:
 
     def reap(self, parent: Person | None) -> None:
         """Wait for it: here, or in the process of the story that forked it and lives."""
-        if self.reaped:
+        if parent is not None and parent.alive:
+            parent.ask("wait", pid=self.pid)
             return
         if parent is not None:
-            parent.ask("wait", pid=self.pid)
-        else:
-            os.waitpid(self.pid, 0)
-        self.reaped = True
+            parent.await_death()  # it is this process's child then: see become_subreaper
+        os.waitpid(self.pid, 0)
 
     def close(self) -> None:
         self.sock.close()

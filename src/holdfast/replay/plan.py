@@ -78,7 +78,9 @@ def plan(trace: Trace) -> Plan:
 
 def _mislead(trace: Trace, made: Plan) -> None:
     """Where the identity domain is: have addresses mean frames that they never meant."""
-    for before, step in zip((trace.start, *(s.after for s in trace.steps)), trace.steps, strict=False):
+    for before, step in zip(
+        (trace.start, *(s.after for s in trace.steps)), trace.steps, strict=False
+    ):
         if step.event not in ("land", "dma_read") or value(before, "dom") != Dom.DEFAULT:
             continue
         d = step.args["d"]

@@ -13,17 +13,20 @@ from typing import Any, Final
 
 from holdfast.errors import HoldfastError, UsageError, from_fields, to_fields
 from holdfast.kernel.process import become_subreaper
-from holdfast.replay.acts import ACTS, act
-from holdfast.replay.card import ClockedCard, PacedCard
+from holdfast.replay.acts import Acts
+from holdfast.replay.card import PacedCard
+from holdfast.replay.clocked import ClockedCard
 from holdfast.replay.failure import Disagreement
 from holdfast.replay.outcome import Outcome, Played
-from holdfast.replay.plan import plan, refuse
+from holdfast.replay.plan import plan
 from holdfast.replay.stage import Stage
 from holdfast.spec.trace import Trace
 from holdfast.torture.actors import spawn
 from holdfast.torture.stack import kill_tree
 
-TARGETS: Final[dict[str, type[PacedCard]]] = {card.target: card for card in (PacedCard, ClockedCard)}
+TARGETS: Final[dict[str, type[PacedCard]]] = {
+    card.target: card for card in (PacedCard, ClockedCard)
+}
 TIMEOUT: Final = 60.0
 """Seconds for a whole story."""
 
@@ -49,17 +52,17 @@ def play(trace: Trace, target: str) -> Outcome:
     """Play a story in this very process, which must have no threads, and children of its own."""
     events = [step.event for step in trace.steps]
     for event in events:
-        if event not in ACTS:
-            raise refuse(event, f"these can: {', '.join(sorted(ACTS))}")
+        Acts.require(event)
     outcome = Outcome.of(trace, target)
     stage = Stage(plan(trace), TARGETS[target], events)
+    acts = Acts(stage, outcome)
     try:
         before = trace.start
         for number, step in enumerate(trace.steps, 1):
             begun = time.monotonic_ns()
             try:
-                act(stage, step, before, outcome)
-                stage.obey(before, step.after)
+                acts.act(step, before)
+                stage.obey(step.after)
                 stage.compare(step.after)
             except HoldfastError as error:
                 error.target = f"step {number} ({step.event})"
@@ -88,6 +91,9 @@ def apart(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             told = {"outcome": body()}
         except HoldfastError as error:
             told = {"error": to_fields(error)}
+        except Exception as error:  # noqa: BLE001  (told to who waits for it)
+            what = f"{type(error).__name__}: {error}"
+            told = {"error": to_fields(Disagreement(what, operation="replay"))}
         data = json.dumps(told).encode()
         while data:
             data = data[os.write(writing, data) :]
@@ -113,6 +119,8 @@ def apart(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return dict(told["outcome"])
     fields = told["error"]
     error = from_fields(fields)
-    raise Disagreement(
-        error.what, operation=error.operation, target=error.target, hint=error.hint
-    ) if fields["kind"] == Disagreement.__name__ else error
+    raise (
+        Disagreement(error.what, operation=error.operation, target=error.target, hint=error.hint)
+        if fields["kind"] == Disagreement.__name__
+        else error
+    )

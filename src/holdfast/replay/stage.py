@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from holdfast.kernel.mapping import PAGE
-from holdfast.replay.card import ClockedCard, PacedCard, payload
+from holdfast.replay.card import PacedCard, payload
+from holdfast.replay.clocked import ClockedCard
 from holdfast.replay.failure import Disagreement
 from holdfast.replay.memory import Memory
 from holdfast.replay.outcome import Outcome, worst
@@ -93,13 +94,11 @@ class Stage:
         """The next process of those that wait."""
         person = self._waiting.pop(0)
         person.name = name
-        person.started = True
         return person
 
     def fork(self, parent: Person, name: str) -> Person:
         """A child of one that is there."""
         child = parent.fork(name, parent.number, self.memory.fd)
-        child.started = True
         self._everybody.append(child)
         return child
 
@@ -140,7 +139,7 @@ class Stage:
 
     # -- what software decides ------------------------------------------------------------
 
-    def obey(self, before: State, after: State) -> None:
+    def obey(self, after: State) -> None:
         """Do what drivers and keepers decided in this step: pins, marks and translations."""
         held, wanted = set(self.memory.holds), {(p, f) for p, f in indices(after, "hold")}
         for p, f in sorted(wanted - held):
@@ -161,8 +160,14 @@ class Stage:
                 frame = self.memory.frames[f]
                 self.registered[p] = Registered(f, frame.generation, frozenset(frame.rightful))
 
+    def pull_out(self) -> None:
+        """The card is gone, and what it could reach."""
+        self.card.pull_out()
+        self.windows.clear()
+        self.identity = False
+
     def _translate(self, after: State) -> None:
-        if not self.plan.translated:
+        if not self.plan.translated or self.card.gone:
             return
         user = value(after, "dom") == Dom.USER
         wanted = leads_to(after) if user else {}
@@ -171,9 +176,8 @@ class Stage:
             del self.windows[i]
         self._identity(on=value(after, "dom") == Dom.DEFAULT)
         for i in sorted(set(wanted) - set(self.windows)):
-            if not self.card.gone:
-                self.card.map(Iova(self.plan.addresses[i]), wanted[i] * PAGE)
-                self.windows[i] = wanted[i]
+            self.card.map(Iova(self.plan.addresses[i]), wanted[i] * PAGE)
+            self.windows[i] = wanted[i]
 
     def _identity(self, *, on: bool) -> None:
         if on != self.identity:
@@ -228,13 +232,16 @@ class Stage:
         same("pages that are mapped here", self.memory.mapped_here(), dict(Counter(here)))
 
     def _maps(self, person: Person, frames: list[int]) -> None:
-        same(f"pages that {person.name} maps", person.pages(), {f: 1 for f in frames})
+        same(f"pages that {person.name} maps", person.pages(), dict.fromkeys(frames, 1))
 
     def look(self, outcome: Outcome) -> None:
         """Ask everybody how many bytes of their memory are not theirs."""
         for f, frame in enumerate(self.memory.frames):
             worst(outcome.stray, f"frame {f}", self.memory.changed_while_free(f))
-            for p, _ in [claim for claim in self.claims if claim[1] == f]:
+            for p in [each for each, claimed in self.claims if claimed == f]:
+                if not self.sharing(p):  # it was killed, and the story's kernel has not got to it
+                    dying = f"process {p}, dying"
+                    worst(outcome.corrupted, dying, self.memory.foreign_in(f))
                 for person in self.sharing(p):
                     worst(outcome.corrupted, person.name, _foreign(person, f, frame.rightful))
             if f in self.others:

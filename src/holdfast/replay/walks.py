@@ -26,8 +26,10 @@ Told = tuple[str, Mapping[str, int]]
 
 JUDGED: Final = ("S1 with a victim", "S1r with a victim", "S1", "S1r")
 """After these nothing is claimed any more; the first that fits names the story."""
-RARE: Final = frozenset({"pull_out", "kill", "exec", "munmap", "dontneed", "hang"})
-"""Events that end most of what could be seen; a walk takes them less often."""
+RARE: Final = frozenset(
+    {"pull_out", "kill", "exec", "munmap", "dontneed", "hang", "wild", "wild_write"}
+)
+"""Events that end most of what could be seen, or repeat; a walk takes them less often."""
 
 
 def walk(model: StrategyModel, seed: str, steps: int, key: str) -> Trace:
@@ -35,7 +37,8 @@ def walk(model: StrategyModel, seed: str, steps: int, key: str) -> Trace:
     chance = random.Random(seed)  # noqa: S311 - reproducible, not secret
     initial = model.initial()
     here = _one(initial, chance.randrange(len(initial)))
-    start, taken, breaks = named(model, here), [], ""
+    start, breaks = named(model, here), ""
+    taken: list[Step] = []
     while len(taken) < steps and not breaks:
         ways = [
             (model.rules[number], after)
@@ -56,7 +59,8 @@ def follow(model: StrategyModel, told: Iterable[Told], key: str, *, lies: int = 
     """A story of these events. LookupError if one cannot happen where it stands."""
     initial = model.initial()
     here = _one(initial, min(lies, len(initial) - 1))
-    start, taken, breaks = named(model, here), [], ""
+    start, breaks = named(model, here), ""
+    taken: list[Step] = []
     for event, args in told:
         for number, _, after in steps_from(model, here):
             rule = model.rules[number]
