@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from holdfast.keeper.map_state import REACHABLE
 from holdfast.spec.layout import Batch, Mask
-from holdfast.spec.world import ACTIVE, Eng, Hw, Know, World
+from holdfast.spec.world import ACTIVE, MAP_STATES, Eng, Hw, Know, World
 
 TEXTS: Final = {
     "S1": "a write lands in a frame that is free, or not the one any more that it was meant for",
@@ -30,6 +31,10 @@ TEXTS: Final = {
 """Every invariant in a sentence, of its breach."""
 FINAL: Final = frozenset({"S1", "S1r"})
 """After these nothing is claimed any more: memory is corrupt (or disclosed)."""
+
+
+JOURNALLED: Final = tuple(MAP_STATES.index(state) for state in sorted(REACHABLE))
+"""States of a mapping of which the journal says that the card may reach it."""
 
 
 def judge(w: World, s: Batch) -> dict[str, Mask]:
@@ -52,9 +57,17 @@ def judge(w: World, s: Batch) -> dict[str, Mask]:
         quiet = s.eq(w.know[p], Know.QUIET_ACK)
         for d in w.descriptors:
             owner = s.on(w.owner[d, p])
-            at_work = s.among(w.hw[d], ACTIVE) | s.on(w.fab[d])
+            at_work = (s.among(w.hw[d], ACTIVE) & s.ne(w.eng, Eng.GONE)) | s.on(w.fab[d])
             at_work |= s.eq(w.eng, Eng.HUNG_WILD) & s.eq(w.hw[d], Hw.WRITTEN)
             broken["S9"] |= quiet & owner & at_work
+    if w.mapping:
+        broken["S10"] = s.false()
+        for p in w.processes:
+            written = s.among(w.mapping[p], JOURNALLED)
+            for i in w.iovas:
+                for f in w.frames:
+                    mapped = s.on(w.pte[i, f]) & s.on(w.iova_of[p, i]) & s.on(w.hold[p, f])
+                    broken["S10"] |= mapped & ~written
     if w.charged:
         broken["S11"] = s.false()
         for p in w.processes:

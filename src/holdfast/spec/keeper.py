@@ -52,6 +52,7 @@ class Holdfast(Strategy):
     # iommufd/io_pagetable.c).
     iommus = (Iommu.NONE, Iommu.STRICT)
     tables: ClassVar[Tables] = Tables.of(DRAIN)
+    keeps = True
     resets: ClassVar[bool] = True
     quarantines: ClassVar[bool] = True
 
@@ -67,6 +68,9 @@ class Holdfast(Strategy):
         yield Field("tried", 1, "P")  # every mapping of the lease was tried to be undone
         yield Field("late", 1, "P")  # it was seen at rest before it was known that nobody posts
         yield Field("fact", 1, "PT")
+        yield Field("charged", 1, "P")  # the keeper's ledger
+        if not self.coarse:
+            yield Field("been", 1, "P")  # it was in quarantine
         yield Field("keeper", 2)
         yield Field("crashes", 1)
 
@@ -118,6 +122,7 @@ def _crash(w: World) -> Rule:
                     pinned |= n.on(w.iova_of[p, i]) & n.on(w.pte[i, f])
                 gone = (lost | unwritten) & ~pinned & n.on(w.hold[p, f])
                 n.put(w.hold[p, f], 0, gone)
+                n.put(w.charged[p], 0, gone)
                 w.drop(n, f, gone)
             n.put(w.mapping[p], 0, unwritten)
             n.put(w.anchored[p], 0, unwritten)
@@ -146,6 +151,7 @@ class HoldfastRevoke(Holdfast):
 
     key = "holdfast-revoke"
     title = "Holdfast, policy revoke"
+    crashes = 0
     tables = Tables.of(REVOKE)
 
 
@@ -154,6 +160,7 @@ class HoldfastRelease(Holdfast):
 
     key = "holdfast-release"
     title = "Holdfast's negative control: no release gate"
+    crashes = 0
     tables = Tables.of(RELEASE)
 
 
@@ -162,6 +169,7 @@ class HoldfastReuse(Holdfast):
 
     key = "holdfast-reuse"
     title = "Holdfast without the retirement of addresses"
+    crashes = 0
     tables = Tables.of(DRAIN).without(Fact.IOVAS_RETIRED)
 
 
@@ -170,6 +178,7 @@ class HoldfastBelieves(Holdfast):
 
     key = "holdfast-believes"
     title = "Holdfast, any reset believed"
+    crashes = 0
     tables = Tables.of(DRAIN).without(Fact.RESET_TRUSTED)
 
 
@@ -178,6 +187,7 @@ class HoldfastHangUp(Holdfast):
 
     key = "holdfast-hang-up"
     title = "Holdfast, released on one sign of death"
+    crashes = 0
     tables = Tables.of(DRAIN).without(Fact.CANNOT_POST)
 
 
@@ -186,6 +196,7 @@ class HoldfastLied(Holdfast):
 
     key = "holdfast-lied"
     title = "Holdfast with a card that lies about rest"
+    crashes = 0
     firmware_lies = True
     reuses_iovas = False
 
@@ -196,6 +207,7 @@ class KeeperAlone(Strategy):
     key = "keeper-alone"
     family = "J"
     title = "a keeper, and nobody behind it"
+    keeps = True
     holds = Hold.DRIVER
     at = At.DEATH
     measures = (AWAIT_QUIET, UNMAP, UNPIN)

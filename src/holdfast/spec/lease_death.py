@@ -93,6 +93,7 @@ class LeaseDeath(LeaseWords):
         yield fact(
             Fact.FLUSHED, "a read from the card comes back",
             lambda s: self._is(s, State.QUIET) & w.delivered(s) & s.off(w.late[p])
+            & s.ne(w.eng, Eng.GONE)
             & ~self._missing(s, Fact.CANNOT_POST),
             self._known_quiet,
         )  # fmt: skip
@@ -163,9 +164,20 @@ class LeaseDeath(LeaseWords):
                 late = s.on(w.late[p]) & self._fact(s, Fact.CANNOT_POST)
                 return can(s) & late & ~self._seen_at_rest(s)
 
+            def withheld(s: Batch) -> Mask:
+                return can(s) & s.on(w.tried[p]) & ~self._gate(s)
+
             yield self._rule(
                 "step", f"the lease of process {p}: the card was started again, {row.target}",
                 disturbed, go, label=label, about=about,
+            )  # fmt: skip
+            yield self._rule(
+                "step", f"the lease of process {p}: no read comes back in time, {row.target}",
+                lambda s: can(s) & self._missing(s, Fact.FLUSHED), go, label=label, about=about,
+            )  # fmt: skip
+            yield self._rule(
+                "step", f"the lease of process {p}: the gate stays shut, so it is {row.target}",
+                withheld, go, label=label, about=about,
             )  # fmt: skip
 
     def _moment(self, s: Batch, row: Row) -> Mask:
@@ -195,7 +207,12 @@ class LeaseDeath(LeaseWords):
         elif row.target is State.QUIET:
             n.put(w.late[p], 0, self._fact(n, Fact.FUNCTION_GONE))
             n[w.tried[p]] = 0
+        elif row.target is State.UNMAPPED:
+            n[w.late[p]] = 0  # whoever posts now reaches nothing
+            n[w.tried[p]] = 0
         elif row.target is State.QUARANTINE:
+            n[w.tried[p]] = 0
+            n[w.been[p]] = 1
             for fact in FORGOTTEN:
                 n[w.fact[p, NUMBER[fact]]] = 0
         elif row.target is State.RELEASED:
@@ -205,13 +222,18 @@ class LeaseDeath(LeaseWords):
         """Unpin and punch: whoever still maps the file finds a hole where the pages were."""
         w, p = self.w, self.p
         self._judge_release(n)
+        n[w.charged[p]] = 0
         for f in w.frames:
             held = n.on(w.hold[p, f])
+            for d in w.descriptors:
+                still = n.on(w.owner[d, p]) & w.may_access(n, d) & w.reaches(n, d, f)
+                n.fail("S8", held & still & n.on(w.been[p]))
             for q in w.processes:
                 w.clear_entry(n, q, f, held)
         w.unhold(n, p)
         n[w.know[p]] = Know.UNKNOWN
-        for cell in (w.isolated[p], w.anchored[p], w.late[p], w.tried[p], w.window[p]):
+        for cell in (w.isolated[p], w.anchored[p], w.late[p], w.tried[p], w.window[p],
+                     w.been[p]):  # fmt: skip
             n[cell] = 0
         for fact in Fact:
             n[w.fact[p, NUMBER[fact]]] = 0

@@ -46,6 +46,7 @@ class LeaseMemory(LeaseWords):
             n[self.mapping] = MAPPING[MapState.HELD]
             n[w.file[p]] = 1
             n[w.hold[p, f]] = 1
+            n[w.charged[p]] = 1
             n[w.live[p]] = 1
             w.take(n, f)
             for g in w.frames:
@@ -157,7 +158,8 @@ class LeaseMemory(LeaseWords):
         def begin(s: Batch) -> Mask:
             ready = settled(s)
             if strict:
-                ready |= self._is(s, *unproven) & s.off(w.tried[p])
+                ready |= self._is(s, *unproven)
+            ready &= s.off(w.tried[p])
             return ready & self._may(s, MapEvent.UNMAP) & ~self._maps(s, MapState.UNMAPPING)
 
         yield self._rule(

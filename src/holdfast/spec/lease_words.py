@@ -18,6 +18,9 @@ MAPPING: Final = {state: number for number, state in enumerate(MAP_STATES)}
 NUMBER: Final = {fact: number for number, fact in enumerate(FACTS)}
 DYING: Final = tuple(LEASE[state] for state in State if state not in (State.ALIVE, State.RELEASED))
 
+UNREACHABLE: Final = frozenset({Fact.FUNCTION_GONE, Fact.STRICTLY_UNMAPPED, Fact.IOVAS_RETIRED})
+"""Who observed these asks nothing of the card any more."""
+
 Guard = Callable[[Batch], Mask]
 Effect = Callable[[Batch], None]
 
@@ -54,10 +57,14 @@ class LeaseWords:
             n[self.w.fact[self.p, NUMBER[fact]]] = 1
 
     def _missing(self, s: Batch, fact: Fact) -> Mask:
-        """The release gate asks for a fact that was not observed, on every way that is left."""
-        if not self.tables.gate_asks_for(fact):
-            return s.false()
-        instead = self._fact(s, Fact.FUNCTION_GONE) | self._fact(s, Fact.STRICTLY_UNMAPPED)
+        """The keeper waits for a fact: no way through the gate that is open to it does without."""
+        instead = s.false()
+        for way in self.tables.gate.ways:
+            if fact not in way:
+                taken = s.true()
+                for needed in way & UNREACHABLE:
+                    taken &= self._fact(s, needed)
+                instead |= taken
         return ~self._fact(s, fact) & ~instead
 
     def _rule(

@@ -145,6 +145,13 @@ class Scene:
         """Lanes that the step with this number (from 1) changed."""
         return [lane for lane in self.lanes if lane.changes(at)]
 
+    def lane(self, name: str) -> Lane:
+        """One of the lanes. LookupError if the story has none of this name."""
+        for lane in self.lanes:
+            if lane.name == name:
+                return lane
+        raise LookupError(name)
+
     def actor(self, at: int) -> str:
         """Who took the step with this number (from 1), by name if the model said only "process"."""
         step: Step = self.trace.steps[at - 1]

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from holdfast.spec.invariants import TEXTS
+from holdfast.spec import invariants, liveness
 from holdfast.spec.scene import FREE, Lane, Scene, State, value
 from holdfast.spec.trace import Trace
 from holdfast.spec.world import ACTIVE, Eng, Hw, Know
 
 WIDTH: Final = 96
+TEXTS: Final = {**invariants.TEXTS, **liveness.TEXTS}
 _ACTOR: Final = 8
 """Columns for the name of who acts."""
 _ARROWS: Final = frozenset({"frame", "iova", "card", "lease", "mapping", "keeper", "unknown"})
@@ -65,6 +66,8 @@ def headline(trace: Trace) -> str:
     where = f"{trace.strategy} on Linux {trace.profile}, IOMMU {trace.iommu}"
     count = len(trace.steps)
     steps = f"{count} step{'' if count == 1 else 's'}"
+    if trace.breaks in liveness.TEXTS:
+        return f"{where}: {trace.breaks}, waiting for ever after {steps}"
     return f"{where}: {trace.breaks} broken in {steps}" if trace.breaks else f"{where}: {steps}"
 
 
@@ -296,6 +299,19 @@ def _uncharged(scene: Scene) -> list[str]:
     ]
 
 
+def _endless(scene: Scene) -> list[str]:
+    """L1 to L6: nothing obliges anybody to go on from here."""
+    s = scene.states[-1]
+    said = [
+        f"Frame {f} is {now.text}."
+        for f in scene.frames
+        if (now := scene.frame(s, f)).held and not value(s, "map", int(now.owner[1:]), f)
+    ]
+    if value(s, "eng"):
+        said.append(f"The card {scene.lane('card').moments[-1].text.partition(',')[0]}.")
+    return [*said, "Nothing that is bound to happen leads on from here."]
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -303,5 +319,5 @@ def _capital(text: str) -> str:
 _EXPLAINED: Final[dict[str, Callable[[Scene], list[str]]]] = {
     "S1": _access, "S1r": _access, "S2": _dangling, "S3": _let_go, "S4": _dangling,
     "S4'": _remapped, "S5": _lost, "S6": _miscounted, "S7": _left_over, "S9": _left_over,
-    "S11": _uncharged,
+    "S11": _uncharged, **dict.fromkeys(liveness.TEXTS, _endless),
 }  # fmt: skip

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from holdfast.spec.layout import Batch, Field, Mask
 from holdfast.spec.rules import Rule
-from holdfast.spec.setting import Iommu, Profile, Setting
+from holdfast.spec.setting import Bounds, Iommu, Profile, Setting
 
 if TYPE_CHECKING:
     from holdfast.spec.world import World
@@ -100,7 +100,11 @@ class Strategy:
     invalidates_card: ClassVar[bool] = True
     """A strict unmap empties that cache, too."""
     descriptors: ClassVar[int] = 1
-    """As many does a breach need, in the bounds of the table."""
+    """As many are needed to show what it does, in the bounds of the table."""
+    crashes: ClassVar[int] = 1
+    """The same of a keeper's deaths."""
+    keeps: ClassVar[bool] = False
+    """It is a keeper's: see :mod:`holdfast.spec.keeper`."""
     firmware_lies: ClassVar[bool] = False
     """The card says that it is at rest while it is not."""
     quarantine_bound: ClassVar[int] = 1
@@ -116,6 +120,11 @@ class Strategy:
         """Whether such a thing exists on this machine. Linux 2.0 knows no IOMMU."""
         known = setting.profile in cls.profiles and setting.iommu in cls.iommus
         return known and not (setting.old and setting.translated)
+
+    @classmethod
+    def fitted(cls, bounds: Bounds) -> Bounds:
+        """The bounds of the table, as far as this strategy needs them."""
+        return replace(bounds, descriptors=cls.descriptors, crashes=cls.crashes)
 
     # -- derived ------------------------------------------------------------
 

@@ -158,7 +158,7 @@ class World:
         # the keeper (see there)
         self.lease, self.fact, self.mapping = group("lease"), group("fact"), group("mapping")
         self.anchored, self.isolated = group("anchored"), group("isolated")
-        self.tried, self.late = group("tried"), group("late")
+        self.tried, self.late, self.been = group("tried"), group("late"), group("been")
         self.keeper, self.crashes = group("keeper")[()], group("crashes")[()]
 
     # -- variables ------------------------------------------------------------
