@@ -61,15 +61,21 @@ def judge(w: World, s: Batch) -> dict[str, Mask]:
             at_work |= s.eq(w.eng, Eng.HUNG_WILD) & s.eq(w.hw[d], Hw.WRITTEN)
             broken["S9"] |= quiet & owner & at_work
     if w.mapping:
-        broken["S10"] = s.false()
-        for p in w.processes:
-            written = s.among(w.mapping[p], JOURNALLED)
-            for i in w.iovas:
-                for f in w.frames:
-                    mapped = s.on(w.pte[i, f]) & s.on(w.iova_of[p, i]) & s.on(w.hold[p, f])
-                    broken["S10"] |= mapped & ~written
+        broken["S10"] = _unwritten(w, s)
     if w.charged:
         broken["S11"] = s.false()
         for p in w.processes:
             broken["S11"] |= w.holds_any(s, p) & s.off(w.charged[p])
     return broken
+
+
+def _unwritten(w: World, s: Batch) -> Mask:
+    """The IOMMU has a mapping of which the journal does not say that it may."""
+    found = s.false()
+    for p in w.processes:
+        written = s.among(w.mapping[p], JOURNALLED)
+        for i in w.iovas:
+            for f in w.frames:
+                mapped = s.on(w.pte[i, f]) & s.on(w.iova_of[p, i]) & s.on(w.hold[p, f])
+                found |= mapped & ~written
+    return found

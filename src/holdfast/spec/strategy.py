@@ -212,4 +212,5 @@ class Strategy:
 
     def on_memory_gone(self, w: World, n: Batch, p: int) -> None:
         """The address space of ``p`` has ended."""
-        n[w.charged[p]] = 0
+        if self.charges_process:
+            n[w.charged[p]] = 0
