@@ -18,9 +18,11 @@ from click.testing import CliRunner, Result
 from holdfast import replay
 from holdfast.cli import holdfast, spec_common
 from holdfast.cli.spec_common import LARGEST, Watch, strategies
+from holdfast.cli.spec_search import machine, search
 from holdfast.errors import BadTarget, HoldfastError, SystemFailure, UsageError
 from holdfast.replay import Outcome
-from holdfast.spec.invariants import TEXTS
+from holdfast.spec import invariants, liveness, table
+from holdfast.spec.setting import Iommu
 from holdfast.spec.trace import Trace
 
 VICTIM = "S1 with a victim"
@@ -56,7 +58,7 @@ def story(run: Run, tmp_path: Path) -> Path:
 def test_list_names_every_strategy_and_where_it_exists(run: Run) -> None:
     output = run("list").output
     for key, kind in strategies().items():
-        row = rf"(?m)^{kind.family or '-'} +{key} +{re.escape(kind.title)}$"
+        row = rf"(?m)^{re.escape(kind.family or '-')} +{key} +{re.escape(kind.title)}$"
         assert re.search(row, output)
     assert "on 2.0 (none); 7.x (none, lazy, strict)" in output
     rows = json.loads(run("list", "--json").output)
@@ -72,10 +74,31 @@ def test_what_breaks_is_told_with_the_gravest_story(run: Run) -> None:
 
 
 def test_what_holds_says_so(run: Run) -> None:
-    result = run("check", "longterm")
+    result = run("check", "quarantine")
     assert result.exit_code == 0
     assert "HOLDS: every invariant" in result.output
+    assert "MAY HANG" not in result.output
     assert re.search(r"(?m)^[\d ]+ states in \d+ levels, [\d ]+ steps taken, ", result.output)
+
+
+def test_what_may_wait_for_ever_is_told_with_the_way_there(run: Run) -> None:
+    result = run("check", "longterm")
+    assert result.exit_code == 1
+    assert f"MAY HANG, L1: {liveness.TEXTS['L1']}" in result.output
+    assert "HOLDS: every invariant" in result.output
+    assert "L1, waiting for ever after 8 steps" in result.output
+    assert run("check", "longterm", "--invariant", "L2").exit_code == 1
+    assert run("check", "longterm", "--invariant", "L3").exit_code == 0
+    assert run("check", "longterm", "--invariant", "S1").exit_code == 0
+    trace = Trace.loads(run("trace", "quiesce", "--invariant", "L2").output)
+    assert trace.breaks == "L2"
+
+
+def test_check_and_table_say_the_same_of_what_may_hang() -> None:
+    for key, iommu in (("ghost-files", Iommu.NONE), ("quiesce", Iommu.STRICT), ("notifier", None)):
+        kind = strategies()[key]
+        setting = machine(kind, "7.x", iommu, "table")
+        assert search(kind, setting, "table", Watch()).hangs == table.lives(kind, setting)
 
 
 def test_one_invariant_can_be_asked_for(run: Run) -> None:
@@ -115,7 +138,7 @@ def test_the_machine_is_chosen_so_that_the_strategy_exists_on_it(run: Run) -> No
 
 @pytest.mark.parametrize(
     "arguments",
-    [("check", "nothing"), ("trace", "nothing"),
+    [("check", "nothing"), ("trace", "nothing"), ("table", "nothing"),
      ("check", "mlock", "--invariant", "S99"), ("check", "/nowhere.py:Mine")],
 )  # fmt: skip
 def test_names_that_are_not_known_are_refused_with_those_that_are(
@@ -140,16 +163,16 @@ def test_an_interrupt_ends_with_what_was_found(run: Run, monkeypatch: pytest.Mon
     assert result.exit_code == 130
     assert f"BREAKS {VICTIM} in 8 steps" in result.output
     assert "INCOMPLETE: interrupted" in result.output
-    assert run("trace", "longterm").exit_code == 130
+    assert run("trace", "quarantine").exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_progress_goes_to_a_terminal_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not run("check", "longterm").stderr
+    assert not run("check", "quarantine").stderr
     monkeypatch.setattr(Watch, "_is_live", staticmethod(lambda: True))
     monkeypatch.setattr(spec_common, "EVERY", 0.0)
-    result = run("check", "longterm")
-    assert re.search(r"longterm on 7.x, IOMMU none: level \d+, [\d ]+ states, ", result.stderr)
+    result = run("check", "quarantine")
+    assert re.search(r"quarantine on 7.x, IOMMU none: level \d+, [\d ]+ states, ", result.stderr)
     assert "level" not in result.stdout.split("states in")[0]
 
 
@@ -176,7 +199,9 @@ def test_the_documented_example_is_wrong_and_the_documented_line_makes_it_right(
     assert shown is not None
     for said in shown[1].splitlines():
         assert said.removesuffix("...").rstrip() in result.output
-    assert run("check", f"{right}:MyDriver").exit_code == 0
+    output = run("check", f"{right}:MyDriver").output
+    assert "HOLDS: every invariant" in output
+    assert re.findall(r"MAY HANG, (L\d)", output) == ["L1", "L2", "L4"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +232,9 @@ def test_the_documented_story_is_the_one_that_is_told(run: Run) -> None:
 
 def test_the_documented_invariants_are_those_that_are_judged() -> None:
     rows = re.findall(r"^\| (S\S+) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
-    assert dict(rows) == TEXTS
+    assert dict(rows) == invariants.TEXTS
+    rows = re.findall(r"^\| (L\S+) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    assert dict(rows) == liveness.TEXTS
 
 
 # -- trace ------------------------------------------------------------
@@ -232,7 +259,7 @@ def test_a_trace_is_drawn(run: Run, tmp_path: Path) -> None:
 
 
 def test_no_story_is_exit_status_1_and_nothing_on_standard_output(run: Run) -> None:
-    result = run("trace", "longterm")
+    result = run("trace", "quarantine")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "does not break any invariant" in result.stderr
 

@@ -5,39 +5,29 @@ from __future__ import annotations
 
 import importlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Final
 
 import click
 
 from holdfast.cli.spec_common import (
-    GRAVEST,
     INTERRUPTED,
     Watch,
     find,
-    hanging,
     happened,
-    machine,
     number,
     places,
-    ranked,
     read_trace,
-    require_known,
-    search,
     show_story,
-    story_of,
     strategies,
     to_json,
     write_text,
 )
+from holdfast.cli.spec_search import TEXTS, USUAL, Found, machine, require_known, search
 from holdfast.spec import story
-from holdfast.spec.explore import Explored
-from holdfast.spec.invariants import TEXTS
-from holdfast.spec.setting import BOUNDS, Iommu, Profile, Setting
-from holdfast.spec.strategy import Strategy
+from holdfast.spec.setting import BOUNDS, Iommu, Profile
 
-_ELSEWHERE: Final[dict[str, str]] = {}
+_ELSEWHERE: Final[dict[str, str]] = {"table": "spec_table"}
 """Commands of this group with a module of their own."""
 
 
@@ -71,7 +61,7 @@ def _where(function: Callable[..., None]) -> Callable[..., None]:
                      help="of the kernel  [default: 7.x, or the only one it exists on]"),
         click.option("--iommu", type=click.Choice([str(i) for i in Iommu]),
                      help="[default: none, or the first it exists on]"),
-        click.option("--bounds", type=click.Choice(list(BOUNDS)), default="table",
+        click.option("--bounds", type=click.Choice(list(BOUNDS)), default=USUAL,
                      show_default=True, help="how much there is of everything"),
         click.option("--limit", type=click.IntRange(1), help="stop after so many states"),
     )):  # fmt: skip
@@ -79,7 +69,11 @@ def _where(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@command.command("list", help="List the strategies that are known, and where each exists.")
+@command.command(
+    "list",
+    short_help="the strategies that are known",
+    help="List the strategies that are known, and where each exists.",
+)
 @click.option("--json", "as_json", is_flag=True)
 def list_command(as_json: bool) -> None:
     known = strategies()
@@ -99,6 +93,7 @@ def list_command(as_json: bool) -> None:
 
 @command.command(
     "check",
+    short_help="try every order of events with one strategy, and tell what breaks",
     help="Try every order of events with one STRATEGY (a key of 'spec list', or FILE.py:Class), "
     "and tell the shortest story in which something breaks. Exit status 1 if anything does, or may "
     "hang for ever; 130 after Ctrl-C, which ends with what was found so far.",
@@ -119,67 +114,44 @@ def check_command(
     kind = find(strategy)
     setting = machine(kind, profile, iommu, bounds)
     require_known(invariant)
-    begun = time.monotonic()
     with Watch() as watch:
-        found = search(kind, setting, watch, limit, invariant)
-    seconds = time.monotonic() - begun
-    broken = {name: found.breaches[name].steps for name in ranked(found, invariant)}
-    hangs = hanging(found) if invariant is None else ()
-    trace = story_of(found, broken, kind, setting, bounds)
+        found = search(kind, setting, bounds, watch, limit=limit, invariant=invariant)
     if as_json:
-        told = {
-            "strategy": kind.key, "profile": str(setting.profile), "iommu": str(setting.iommu),
-            "bounds": bounds, "states": found.states, "levels": len(found.levels),
-            "steps_taken": found.steps, "complete": found.complete, "seconds": round(seconds, 3),
-            "breaks": broken, "hangs": list(hangs), "trace": trace and trace.to_json(),
-        }  # fmt: skip
-        click.echo(to_json(told))
+        click.echo(to_json(found.to_json()))
     else:
-        _say(kind, setting, bounds, found, seconds)
-        _say_verdict(found, broken, hangs, invariant, interrupted=watch.interrupted)
-        if trace is not None:
+        _say(found, interrupted=watch.interrupted)
+        if found.trace is not None:
             click.echo()
-            show_story(trace)
+            show_story(found.trace)
     if watch.interrupted:
         sys.exit(INTERRUPTED)
-    if broken or hangs:
+    if found.breaks or found.hangs:
         sys.exit(1)
 
 
-def _say(
-    kind: type[Strategy], setting: Setting, bounds: str, found: Explored, seconds: float
-) -> None:
-    click.echo(f"{kind.key}: {kind.title}")
-    click.echo(f"on Linux {setting}, in the bounds '{bounds}'")
+def _say(found: Found, *, interrupted: bool) -> None:
+    click.echo(f"{found.strategy.key}: {found.strategy.title}")
+    click.echo(f"on Linux {found.setting}, in the bounds '{found.bounds}'")
     click.echo(
-        f"{number(found.states)} states in {len(found.levels)} levels, "
-        f"{number(found.steps)} steps taken, {seconds:.1f} s"
+        f"{number(found.states)} states in {found.levels} levels, "
+        f"{number(found.steps)} steps taken, {found.seconds:.1f} s"
     )
-
-
-def _say_verdict(
-    found: Explored,
-    broken: dict[str, int],
-    hangs: tuple[str, ...],
-    invariant: str | None,
-    *,
-    interrupted: bool,
-) -> None:
-    for name, steps in broken.items():
-        what = TEXTS.get(story.base(name), "")
-        click.echo(click.style(f"BREAKS {name} in {steps} steps: {what}", fg="red"))
-    for name in hangs:
-        click.echo(click.style(f"MAY HANG ({name})", fg="yellow"))
-    if not found.complete and not (broken and invariant):
+    for name, steps in found.breaks.items():
+        text = TEXTS.get(story.base(name), "")
+        click.echo(click.style(f"BREAKS {name} in {steps} steps: {text}", fg="red"))
+    for name in found.hangs:
+        click.echo(click.style(f"MAY HANG, {name}: {TEXTS.get(name, '')}", fg="yellow"))
+    if not found.complete:
         why = "interrupted" if interrupted else "the limit of states was met"
         click.echo(f"INCOMPLETE: {why}; what was not reached may break more")
-    elif not broken and not hangs:
-        what = invariant or "every invariant"
+    elif not found.breaks and not (found.hangs and found.invariant):
+        what = found.invariant or "every invariant"
         click.echo(click.style(f"HOLDS: {what} in every state that can be reached", fg="green"))
 
 
 @command.command(
     "trace",
+    short_help="write the shortest story of a breach: JSON, or a sequence diagram",
     help="Write the shortest story in which STRATEGY breaks something: as JSON for 'spec replay', "
     "as a sequence diagram. Exit status 1 if nothing breaks, so that there is no story.",
 )
@@ -202,8 +174,8 @@ def trace_command(
     setting = machine(kind, profile, iommu, bounds)
     require_known(invariant)
     with Watch() as watch:
-        found = search(kind, setting, watch, limit, invariant or GRAVEST[0])
-    trace = story_of(found, ranked(found, invariant), kind, setting, bounds)
+        found = search(kind, setting, bounds, watch, limit=limit, invariant=invariant)
+    trace = found.trace
     if trace is not None:
         if json_file is not None or svg_file is None:
             write_text(json_file or "-", to_json(trace.to_json()))
@@ -223,6 +195,7 @@ def trace_command(
 
 @command.command(
     "replay",
+    short_help="carry a story out with real memory and a card",
     help="Carry a story out with real memory and a card: TRACE as 'spec trace' writes it ('-': "
     "standard input), on TARGET. Exit status 0 if what happens agrees with the story, else 1: also "
     "if the story ends before anything can be seen in memory.",

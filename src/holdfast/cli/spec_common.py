@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -17,12 +17,9 @@ import click
 
 from holdfast.errors import BadTarget, SystemFailure, UsageError
 from holdfast.loading import load_class
-from holdfast.spec.explore import Explored, explore
-from holdfast.spec.invariants import TEXTS
-from holdfast.spec.model import StrategyModel
-from holdfast.spec.setting import BOUNDS, Iommu, Profile, Setting
+from holdfast.spec.setting import Iommu, Profile, Setting
 from holdfast.spec.strategy import Strategy
-from holdfast.spec.trace import Trace, tell
+from holdfast.spec.trace import Trace
 
 if TYPE_CHECKING:
     from holdfast.replay.outcome import Outcome
@@ -31,17 +28,15 @@ INTERRUPTED: Final = 130
 """Exit status after Ctrl-C: that of a shell, 128 + SIGINT."""
 LARGEST: Final = 8 << 20
 """Bytes of a trace file that are read. A story has some ten steps of some hundred bytes each."""
-GRAVEST: Final = ("S1 with a victim", "S1", "S1r with a victim", "S1r")
-"""Whose story is told where several invariants break; then the others in their order."""
 EVERY: Final = 0.2
 """Seconds between two lines of progress."""
 
 
 def strategies() -> Mapping[str, type[Strategy]]:
     """The known ones by key, in the order of the table."""
-    from holdfast.spec.strategies import SIMPLE
+    from holdfast.spec.catalogue import STRATEGIES
 
-    return {each.key: each for each in SIMPLE}
+    return STRATEGIES
 
 
 def known_key(text: str) -> str:
@@ -68,30 +63,6 @@ def find(text: str) -> type[Strategy]:
     return found
 
 
-def machine(
-    strategy: type[Strategy], profile: str | None, iommu: str | None, bounds: str
-) -> Setting:
-    """The machine to explore; what is left open is chosen so that the strategy exists on it.
-
-    Raises UsageError if it does not exist on such a one.
-    """
-    wanted = [
-        Setting(each, kind, BOUNDS[bounds])
-        for each in (Profile.NEW, Profile.OLD)
-        for kind in Iommu
-        if profile in (None, each) and iommu in (None, kind)
-    ]
-    for setting in wanted:
-        if strategy.fits(setting):
-            return setting
-    raise UsageError(
-        f"it does not exist on Linux {profile or 'of any profile'}, IOMMU {iommu or 'of any kind'}",
-        operation="spec",
-        target=strategy.key,
-        hint=f"it exists on {'; '.join(places(strategy)) or 'nothing'}",
-    )
-
-
 def places(strategy: type[Strategy]) -> list[str]:
     """Where a strategy exists: ``7.x (none, strict)``."""
     said = []
@@ -100,54 +71,6 @@ def places(strategy: type[Strategy]) -> list[str]:
         if fitting:
             said.append(f"{profile} ({', '.join(fitting)})")
     return said
-
-
-def require_known(invariant: str | None) -> None:
-    """Raises UsageError for a name that no invariant has."""
-    known = [*TEXTS, "S1 with a victim", "S1r with a victim"]
-    if invariant is not None and invariant not in known:
-        raise UsageError(f"no invariant is called {invariant!r}", operation="spec",
-                         hint=f"one of {', '.join(known)}")  # fmt: skip
-
-
-def search(
-    strategy: type[Strategy],
-    setting: Setting,
-    watch: Watch,
-    limit: int | None,
-    until: str | None,
-) -> Explored:
-    """Reach everything; or up to a limit, or until an invariant breaks."""
-    watch.begin(f"{strategy.key} on {setting}")
-    model = StrategyModel(strategy, setting)
-    wanted = frozenset() if until is None else frozenset({until})
-    return explore(model, limit=limit, until=wanted, progress=watch)
-
-
-def ranked(found: Explored, invariant: str | None = None) -> list[str]:
-    """Invariants that were broken (of one: that one), the gravest first."""
-    order = [*GRAVEST, *TEXTS]
-    rest = sorted(set(found.breaches) - set(order))
-    names = [name for name in [*dict.fromkeys(order), *rest] if name in found.breaches]
-    return [name for name in names if invariant in (None, name)]
-
-
-def hanging(_found: Explored) -> tuple[str, ...]:
-    return ()
-
-
-def story_of(
-    found: Explored,
-    broken: Iterable[str],
-    strategy: type[Strategy],
-    setting: Setting,
-    bounds: str,
-) -> Trace | None:
-    """The story of the first of these breaches; None if there is none."""
-    for name in broken:
-        return tell(found, name, strategy=strategy.key, profile=setting.profile,
-                    iommu=setting.iommu, bounds=bounds)  # fmt: skip
-    return None
 
 
 def happened(outcome: Outcome, trace: Trace) -> Iterator[str]:
