@@ -250,3 +250,7 @@ class Acts:
             self.on_reset(step)
         self._engine_rests(p)
         self.on_flush_read(step)
+
+    def on_k_crash(self, step: Step) -> None:
+        self.stage.memory.lose_keeper()
+        self.stage.card.master(on=bool(value(step.after, "bme")))

@@ -20,7 +20,7 @@ from typing import Final
 from holdfast.kernel import memfd
 from holdfast.kernel.mapping import PAGE
 from holdfast.replay.failure import Disagreement
-from holdfast.replay.person import mapped_pages
+from holdfast.replay.person import Person, mapped_pages
 
 SCRATCH: Final = 1
 """Pages behind the frames, for the replay itself."""
@@ -43,8 +43,10 @@ class Memory:
     def __init__(self, frames: int) -> None:
         self.fd = memfd.create("holdfast-replay", (frames + SCRATCH) * PAGE)
         self.frames = [Frame() for _ in range(frames)]
-        self.holds: dict[tuple[int, int], mmap.mmap] = {}
-        """Pages that the driver holds for a process: mapped here, as long as it does."""
+        self.keeper: Person | None = None
+        """If the driver is a process of its own: which."""
+        self.holds: dict[tuple[int, int], mmap.mmap | None] = {}
+        """Pages that the driver holds for a process: mapped here or by the keeper (None)."""
 
     @property
     def scratch(self) -> int:
@@ -90,12 +92,31 @@ class Memory:
     # -- the driver's pages ------------------------------------------------------------
 
     def hold(self, p: int, f: int) -> None:
-        self.holds[p, f] = mmap.mmap(self.fd, PAGE, offset=f * PAGE)
+        """The driver takes a page for a process: it is mapped by the keeper, or here."""
+        if self.keeper is not None:
+            self.keeper.ask("map", page=f, fill=False)
+            self.holds[p, f] = None
+        else:
+            self.holds[p, f] = mmap.mmap(self.fd, PAGE, offset=f * PAGE)
         self.take(f)
 
     def unhold(self, p: int, f: int) -> None:
-        self.holds.pop((p, f)).close()
+        """It lets it go."""
+        page = self.holds.pop((p, f))
+        if page is not None:
+            page.close()
+        elif self.keeper is not None and self.keeper.alive:
+            self.keeper.ask("unmap", page=f)
         self.drop(f)
+
+    def lose_keeper(self) -> None:
+        """The keeper is killed, and with it goes what it held."""
+        if self.keeper is None:
+            raise Disagreement("there is no keeper", operation="k_crash")
+        self.keeper.kill()
+        self.keeper.await_death()
+        for p, f in list(self.holds):
+            self.unhold(p, f)
 
     def mapped_here(self) -> dict[int, int]:
         """How often each page is mapped in this process, as the kernel says."""
@@ -109,7 +130,11 @@ class Memory:
 
     def foreign_in_hold(self, p: int, f: int) -> int:
         """Foreign bytes in a page that the driver holds, as it sees them."""
-        return foreign(self.holds[p, f][:], self.frames[f].rightful)
+        page, rightful = self.holds[p, f], self.frames[f].rightful
+        if page is not None:
+            return foreign(page[:], rightful)
+        assert self.keeper is not None
+        return int(self.keeper.ask("look", page=f, rightful=sorted(rightful)))
 
     def changed_while_free(self, f: int) -> int:
         """Bytes of a free frame that somebody wrote to since it was given back."""
@@ -117,7 +142,8 @@ class Memory:
 
     def close(self) -> None:
         for page in self.holds.values():
-            page.close()
+            if page is not None:
+                page.close()
         self.holds.clear()
         if self.fd >= 0:
             os.close(self.fd)

@@ -38,6 +38,12 @@ class Outcome:
     """Bytes that the card read and that were somebody else's."""
     refused: int = 0
     """Writes that found no window, or no bus mastering."""
+    leases: dict[str, list[str]] = field(default_factory=dict)
+    """Of a story played against a keeper: the states that its leases went through."""
+    withheld: list[str] = field(default_factory=list)
+    """Of the same: what the story says and the keeper did not do or allow."""
+    recycled: bool = False
+    """Of the same: somebody got memory where somebody else's had been."""
     timeline: list[Played] = field(default_factory=list)
 
     @property
@@ -78,6 +84,9 @@ class Outcome:
             "lost": dict(self.lost),
             "disclosed": dict(self.disclosed),
             "refused": self.refused,
+            "leases": {name: list(states) for name, states in self.leases.items()},
+            "withheld": list(self.withheld),
+            "recycled": self.recycled,
             "began_ns": begin,
             "timeline": [
                 [step.event, step.text, step.begun_ns, step.done_ns] for step in self.timeline
@@ -89,7 +98,8 @@ class Outcome:
         """Read what :meth:`to_json` made."""
         return cls(
             told["strategy"], told["breaks"], told["target"], told["corrupted"], told["stray"],
-            told["lost"], told["disclosed"], told["refused"],
+            told["lost"], told["disclosed"], told["refused"], told["leases"], told["withheld"],
+            told["recycled"],
             [Played(*step) for step in told["timeline"]],
         )  # fmt: skip
 

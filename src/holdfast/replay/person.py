@@ -17,7 +17,7 @@ import os
 import re
 import select
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -150,7 +150,13 @@ def mapped_pages(pid: int, inode: int) -> dict[int, int]:
 # -- in the process ------------------------------------------------------------
 
 
-def start(name: str, number: int, ram: int, others: Sequence[socket.socket]) -> Person:
+def start(
+    name: str,
+    number: int,
+    ram: int,
+    others: Sequence[socket.socket],
+    life: Callable[[socket.socket, int, int], Life] = Life,
+) -> Person:
     """Fork one that waits for orders. Call it before there are threads."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -159,7 +165,7 @@ def start(name: str, number: int, ram: int, others: Sequence[socket.socket]) -> 
         try:
             for each in (ours, *others):
                 each.close()
-            Life(theirs, ram, pattern(number)).live()
+            life(theirs, ram, pattern(number)).live()
             code = 0
         finally:
             os._exit(code)

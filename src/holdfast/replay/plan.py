@@ -53,6 +53,8 @@ class Plan:
     honest: bool
     """A reset of this card stops DMA."""
     translated: bool
+    master: bool = False
+    """Whether the card is a bus master from the start."""
     arrivals: int = 0
     """Processes that begin, innocent ones among them."""
     addresses: dict[int, int] = field(default_factory=dict)
@@ -69,6 +71,7 @@ def plan(trace: Trace) -> Plan:
         frames=1 + max(named, default=0),
         honest=not value(trace.start, "lies"),
         translated=trace.iommu != "none",
+        master=bool(value(trace.start, "bme")),
         arrivals=sum(step.event in ("arrive", "other_takes") for step in trace.steps),
         addresses={i: VIRTUAL + i * PAGE for i in iovas},
     )

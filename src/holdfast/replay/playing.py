@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from holdfast.errors import HoldfastError, UsageError, from_fields, to_fields
 from holdfast.kernel.process import become_subreaper
+from holdfast.replay import kept
 from holdfast.replay.acts import Acts
 from holdfast.replay.card import PacedCard
 from holdfast.replay.clocked import ClockedCard
@@ -24,9 +25,8 @@ from holdfast.spec.trace import Trace
 from holdfast.torture.actors import spawn
 from holdfast.torture.stack import kill_tree
 
-TARGETS: Final[dict[str, type[PacedCard]]] = {
-    card.target: card for card in (PacedCard, ClockedCard)
-}
+CARDS: Final[dict[str, type[PacedCard]]] = {card.target: card for card in (PacedCard, ClockedCard)}
+TARGETS: Final = (*CARDS, kept.NAME)
 TIMEOUT: Final = 60.0
 """Seconds for a whole story."""
 
@@ -34,8 +34,9 @@ TIMEOUT: Final = 60.0
 def run(trace: Trace, target: str = PacedCard.target) -> Outcome:
     """Play a story.
 
-    ``target``: ``paced:edu``, whose every step is commanded, or ``emu:edu``, which goes by the
-    clock and cannot play everything.
+    ``target``: ``paced:edu``, whose every step is commanded; ``emu:edu``, which goes by the clock
+    and cannot play everything; ``keeper:edu`` for stories of Holdfast's own composition, against
+    the keeper that there is (:mod:`holdfast.replay.kept`).
 
     Forks: the story runs in processes of its own, all of which have ended when this returns or
     raises. UsageError or NotSupported name an event that cannot be played; :class:`Disagreement`
@@ -50,11 +51,13 @@ def run(trace: Trace, target: str = PacedCard.target) -> Outcome:
 
 def play(trace: Trace, target: str) -> Outcome:
     """Play a story in this very process, which must have no threads, and children of its own."""
+    if target == kept.NAME:
+        return kept.play(trace)
     events = [step.event for step in trace.steps]
     for event in events:
         Acts.require(event)
     outcome = Outcome.of(trace, target)
-    stage = Stage(plan(trace), TARGETS[target], events)
+    stage = Stage(plan(trace), CARDS[target], events)
     acts = Acts(stage, outcome)
     try:
         before = trace.start

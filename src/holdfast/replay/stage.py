@@ -81,7 +81,13 @@ class Stage:
                 person = start(f"process {number}", number, self.memory.fd, others)
                 self._waiting.append(person)
                 self._everybody.append(person)
+            if "k_crash" in events:
+                others = [self.card.socket, *(each.sock for each in self._waiting)]
+                keeper = start("the keeper", made.arrivals, self.memory.fd, others)
+                self._everybody.append(keeper)
+                self.memory.keeper = keeper
             self.card.open(self.memory.fd, self.memory.scratch)
+            self.card.master(on=made.master)
             if not made.translated:
                 self._identity(on=True)
         except BaseException:
@@ -226,8 +232,13 @@ class Stage:
             self._maps(ghost, self.mapped(p))
         for f, person in self.others.items():
             self._maps(person, [f])
+        held = [f for _, f in self.memory.holds]
+        keeper = self.memory.keeper
+        if keeper is not None and keeper.alive:
+            self._maps(keeper, held)
         # What the card can reach the client of vfio-user has mapped, too: for cards that ask.
-        here = [f for _, f in self.memory.holds] + list(self.windows.values())
+        here = [] if keeper is not None else held
+        here += list(self.windows.values())
         here += list(range(self.plan.frames)) if self.identity else []
         same("pages that are mapped here", self.memory.mapped_here(), dict(Counter(here)))
 

@@ -27,13 +27,24 @@ Told = tuple[str, Mapping[str, int]]
 JUDGED: Final = ("S1 with a victim", "S1r with a victim", "S1", "S1r")
 """After these nothing is claimed any more; the first that fits names the story."""
 RARE: Final = frozenset(
-    {"pull_out", "kill", "exec", "munmap", "dontneed", "hang", "wild", "wild_write"}
-)
+    {
+        "pull_out", "kill", "exec", "munmap", "dontneed", "hang", "wild", "wild_write", "k_crash",
+        "hang_up",
+    }
+)  # fmt: skip
 """Events that end most of what could be seen, or repeat; a walk takes them less often."""
+WANTED: Final = frozenset({"post", "fetch", "first_write", "last_write", "land"})
+"""Events that all is about."""
+_WEIGHTS: Final = dict.fromkeys(RARE, 1) | dict.fromkeys(WANTED, 8)
 
 
-def walk(model: StrategyModel, seed: str, steps: int, key: str) -> Trace:
-    """A story of at most so many steps, at random; it ends where something is corrupted."""
+def walk(
+    model: StrategyModel, seed: str, steps: int, key: str, avoid: frozenset[str] = frozenset()
+) -> Trace:
+    """A story of at most so many steps, at random; it ends where something is corrupted.
+
+    ``avoid``: events that it shall not have.
+    """
     chance = random.Random(seed)  # noqa: S311 - reproducible, not secret
     initial = model.initial()
     here = _one(initial, chance.randrange(len(initial)))
@@ -43,11 +54,12 @@ def walk(model: StrategyModel, seed: str, steps: int, key: str) -> Trace:
         ways = [
             (model.rules[number], after)
             for number, _, after in steps_from(model, here)
-            if _can_be_played(model.rules[number], here, model)
+            if model.rules[number].event not in avoid
+            and _can_be_played(model.rules[number], here, model)
         ]
         if not ways:
             break
-        weights = [1 if rule.event in RARE else 4 for rule, _ in ways]
+        weights = [_WEIGHTS.get(rule.event, 4) for rule, _ in ways]
         rule, here = chance.choices(ways, weights)[0]
         taken.append(_step(model, rule, here))
         breaks = next((name for name in JUDGED if name in here.failed), "")
