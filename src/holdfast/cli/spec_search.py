@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from holdfast.cli.spec_common import Watch, places
 from holdfast.errors import UsageError
-from holdfast.spec import invariants, liveness
+from holdfast.spec import invariants, liveness, table
 from holdfast.spec.explore import Explored, explore
 from holdfast.spec.model import StrategyModel
-from holdfast.spec.promises import promises
 from holdfast.spec.setting import BOUNDS, Iommu, Profile, Setting
 from holdfast.spec.strategy import Strategy
-from holdfast.spec.table import LIVE, VICTIM
+from holdfast.spec.table import VICTIM
 from holdfast.spec.trace import Trace, path_to, steps_along, tell
 
 USUAL: Final = "table"
@@ -143,20 +142,11 @@ def _waiting(
 ) -> tuple[Explored, dict[str, Trace]]:
     """Liveness properties that fail, each with the shortest way to where one can wait for ever.
 
-    Explored by itself, as for the table (:func:`holdfast.spec.table.lives`).
+    Explored by itself, as for the table.
     """
-    bounds = replace(LIVE, processes=1 if strategy.keeps else LIVE.processes)
-    model = StrategyModel(strategy, replace(setting, bounds=bounds))
-    found = explore(model, keep_edges=True, progress=watch)
-    if not found.complete:
-        return found, {}
-    first: dict[str, int] = {}
-    for promise in promises(model.world, found.batch()):
-        state = liveness.hangs(found, promise)
-        if state is not None:
-            first[promise.name] = min(state, first.get(promise.name, state))
+    found, first = table.waits(strategy, setting, watch)
     stories = {}
-    for name, state in sorted(first.items()):
+    for name, state in first.items():
         start, steps = steps_along(found, path_to(found, state), None)
         stories[name] = Trace(strategy.key, setting.profile, setting.iommu, "live", name, start,
                               steps)  # fmt: skip

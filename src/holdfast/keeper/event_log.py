@@ -34,6 +34,8 @@ class EventLog:
                     "pid": lease.peer.pid,
                     "state": str(step.state),
                     "event": str(lease.machine.last) if lease.machine.last else "",
+                    "facts": sorted(fact.name for fact in lease.machine.facts),
+                    "policy": str(lease.machine.policy),
                     "why": step.why,
                 }
             )
@@ -48,6 +50,7 @@ class EventLog:
                     "what": what,
                     "anchor": link.pid,
                     "function": function,
+                    "strict": host.backend.promises.strict_unmap and host.arena_iova is None,
                 }
             )
 

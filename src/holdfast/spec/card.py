@@ -145,7 +145,9 @@ def _failures(w: World) -> Iterator[Rule]:
         n[w.bme] = 0
         w.abort(n)
 
-    yield Rule("pull_out", "device", "the card is pulled out", busy, pulled)
+    yield Rule(
+        "pull_out", "device", "the card is pulled out", lambda s: s.ne(w.eng, Eng.GONE), pulled
+    )
 
     for d in w.descriptors:
 

@@ -7,6 +7,9 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
+MANY: Final = 9
+"""As often as one likes."""
+
 
 class Profile(enum.StrEnum):
     """How the kernel ends a process and manages its pages."""

@@ -4,12 +4,12 @@
 A strategy is a class with a few attributes. Write one::
 
     class MyDriver(Strategy):
-        "Counts the page; at the last close stops the card and waits for it."
+        "Pins the page; at the last close stops the card and waits for it."
 
         key = "mine"
-        title = "page reference, card stopped at the last close"
-        holds = Hold.REFERENCE
-        measures = (STOP, AWAIT_STOP, FLUSH, UNPIN)
+        title = "long-term pin, card stopped at the last close"
+        holds = Hold.LONGTERM
+        measures = (STOP, AWAIT_STOP, AWAIT_QUIET, UNMAP, UNPIN)
 
 and ask ``holdfast spec check FILE.py:MyDriver``. ``measures`` are taken one after the other, each
 when it can be, beginning ``at`` the moment that is named. What does not fit is a method to

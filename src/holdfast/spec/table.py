@@ -103,24 +103,24 @@ def explored(
     return explore(model, limit=limit, until=frozenset({VICTIM}), progress=progress)
 
 
-def lives(
+def waits(
     strategy: type[Strategy],
     setting: Setting,
     progress: Progress = lambda _states, _level: True,
-) -> tuple[str, ...]:
-    """Names of the liveness properties that fail."""
+) -> tuple[Explored, dict[str, int]]:
+    """Liveness: what was explored for it, and of each property that fails the first state in which
+    (or round which) one can wait for ever."""
     # One process is enough for a keeper: it waits for nobody else's.
     bounds = replace(LIVE, processes=1 if strategy.keeps else LIVE.processes)
     model = StrategyModel(strategy, replace(setting, bounds=bounds))
     found = explore(model, keep_edges=True, progress=progress)
-    if not found.complete:
-        return ()
-    broken = {
-        promise.name
-        for promise in promises(model.world, found.batch())
-        if hangs(found, promise) is not None
-    }
-    return tuple(sorted(broken))
+    broken: dict[str, int] = {}
+    if found.complete:
+        for promise in promises(model.world, found.batch()):
+            state = hangs(found, promise)
+            if state is not None:
+                broken[promise.name] = min(state, broken.get(promise.name, state))
+    return found, dict(sorted(broken.items()))
 
 
 def judge(
@@ -132,5 +132,5 @@ def judge(
     found = explored(strategy, setting, progress)
     breaks = {name: breach.steps for name, breach in found.breaches.items()}
     complete = found.complete or VICTIM in breaks
-    waits = lives(strategy, setting, progress) if complete else ()
-    return Verdict(strategy.key, setting, found.states, found.steps, complete, breaks, waits)
+    fails = tuple(waits(strategy, setting, progress)[1]) if complete else ()
+    return Verdict(strategy.key, setting, found.states, found.steps, complete, breaks, fails)

@@ -167,11 +167,19 @@ def _step(
         taken = found.model.rules[number]
         if taken.event != event or _canonical(found, after) != want:
             continue
-        if breaks is not None and after.failed and breaks not in after.failed:
+        if breaks is not None and not _breaks(found, after, breaks):
             continue
         step = Step(taken.event, taken.actor, taken.text, dict(taken.args), named(found, after))
         return after, step
     raise LookupError(f"no step {event} leads on")
+
+
+def _breaks(found: Explored, after: Batch, invariant: str) -> bool:
+    """Whether a step, or the state that it led to, breaks an invariant."""
+    if invariant in after.failed:
+        return True
+    judged = found.model.judge(after).get(invariant)
+    return judged is not None and bool(judged.any())
 
 
 def named(found: Explored, one: Batch) -> dict[str, int]:

@@ -27,8 +27,7 @@ def read(
     """
     leases: dict[int, dict[str, Any]] = {}
     happened = []
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in text.splitlines():
+    for line in lines(path):
         entry = json.loads(line)
         if "what" in entry:
             happened.append(entry)
@@ -45,6 +44,11 @@ def read(
     for lease in leases.values():
         _complete(lease)
     return [leases[number] for number in sorted(leases)], happened
+
+
+def lines(path: Path) -> list[str]:
+    """The log's lines; none if there is no file."""
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _complete(lease: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from holdfast.steps import ROLES
 from holdfast.torture.campaign import Outcome, spread
+from holdfast.torture.drift import drifts
 from holdfast.torture.schedule import Case, Unit
 from holdfast.torture.unit import Found
 from holdfast.values import Policy
@@ -123,6 +124,8 @@ def problems_of(unit: Unit, found: Found) -> list[Problem]:
         wrong(f"quarantined_bytes = {found.quarantined_bytes}")
     if found.problem:
         wrong(found.problem)
+    for drift in drifts(found):
+        wrong(drift)
     if found.survivor.get("error") or found.survivor.get("wrong"):
         wrong(f"survivor: {found.survivor}")
     for record in found.records:

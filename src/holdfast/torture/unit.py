@@ -73,6 +73,8 @@ class Found:
     """What the keepers' log tells of each lease: number, pid, and ``log`` of states and times."""
     happened: list[dict[str, Any]] = field(default_factory=list)
     """Starts, successions and ends of keepers, from the same log."""
+    log: list[str] = field(default_factory=list)
+    """That log's lines."""
     survivor: dict[str, Any] = field(default_factory=dict)
     leaked_bytes: int = 0
     leaked_fds: int = 0
@@ -185,6 +187,7 @@ class _Run:
             # Behind it there is no stack any more: what follows in the line cannot be run.
             self._lanes(stack.board, [cases[first_fatal]])
         self._found.leases, self._found.happened = events.read(stack.log, told)
+        self._found.log = events.lines(stack.log)
         return frozenset(baseline.memfds) | frozenset(after.memfds)
 
     def _fill(self) -> None:
