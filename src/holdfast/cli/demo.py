@@ -125,9 +125,12 @@ def judge(outcome: Outcome, hits: float = HITS) -> list[str]:
 
     ``hits`` is the share of the kills that must have hit a transfer.
     """
+    problems = [f"{outcome.policy}: {drift}" for drift in outcome.drifted]
     if outcome.policy == Policy.RELEASE:
-        return [] if outcome.corrupted else ["the negative control did not corrupt anything"]
-    problems = [
+        if not outcome.corrupted:
+            problems.append("the negative control did not corrupt anything")
+        return problems
+    problems += [
         f"{outcome.policy}: {name} = {getattr(outcome, name)}"
         for name in (
             "corrupted", "leaked_bytes", "leaked_fds", "hung_leases", "quarantined_bytes",

@@ -27,7 +27,7 @@ from holdfast.cli.spec_search import TEXTS, USUAL, Found, machine, require_known
 from holdfast.spec import story
 from holdfast.spec.setting import BOUNDS, Iommu, Profile
 
-_ELSEWHERE: Final[dict[str, str]] = {"table": "spec_table"}
+_ELSEWHERE: Final[dict[str, str]] = {"conform": "spec_conform", "table": "spec_table"}
 """Commands of this group with a module of their own."""
 
 

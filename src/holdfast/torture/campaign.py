@@ -27,7 +27,8 @@ from typing import Any
 from holdfast.errors import HoldfastError
 from holdfast.keeper.client import LeaseClient
 from holdfast.keeper.opening import connect
-from holdfast.torture import actors
+from holdfast.torture import actors, events
+from holdfast.torture.drift import drifts
 from holdfast.torture.outside import Machine, Processes, settle
 from holdfast.torture.stack import SERVE, Stack
 from holdfast.values import Policy, Target
@@ -78,12 +79,15 @@ class Outcome:
     quarantined_bytes: int = 0
     unaccounted_bytes: int = 0
     completed_after_death: int = 0
+    drifted: list[str] = field(default_factory=list)
+    """What the specification does not explain of the keepers' log."""
     kill_to_quiet_ms: list[float] = field(default_factory=list)
     quiet_to_released_ms: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         told = {name: getattr(self, name) for name in self.__slots__}
+        told["drifted"] = len(self.drifted)
         told["kill_to_quiet_ms"] = spread(self.kill_to_quiet_ms)
         told["quiet_to_released_ms"] = spread(self.quiet_to_released_ms)
         told["seconds"] = round(self.seconds, 2)
@@ -91,9 +95,10 @@ class Outcome:
 
     @property
     def clean(self) -> bool:
-        """Nothing corrupted, leaked or hung."""
+        """Nothing corrupted, leaked or hung, and nothing that the specification does not know."""
         return not (
             self.corrupted
+            or self.drifted
             or self.leaked_bytes
             or self.leaked_fds
             or self.hung_leases
@@ -141,6 +146,7 @@ def run_policy(
         outcome.leaked_fds = max(0, more)  # a connection that was just closing may be gone by now
         after = Processes.look(pids)
         held = after.memfd_bytes - baseline.memfd_bytes
+        outcome.drifted = drifts(events.lines(stack.log))
         _from_keeper(outcome, told, found)
     files = frozenset(after.memfds) | frozenset(baseline.memfds)
     left = settle(lambda: Machine.look().leaked_since(before, files), goal=0, timeout=SETTLE)

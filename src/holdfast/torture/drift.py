@@ -8,9 +8,9 @@ that code and specification have drifted apart, even where nothing was corrupted
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from holdfast.spec.behaviour import Behaviours, check, parse
-from holdfast.torture.unit import Found
 
 
 @functools.cache
@@ -18,10 +18,10 @@ def _behaviours(policy: str, strict: bool) -> Behaviours:
     return Behaviours(policy, strict=strict)
 
 
-def drifts(found: Found) -> list[str]:
-    """What the specification does not explain of one unit's log; empty if it explains all."""
+def drifts(lines: Sequence[str]) -> list[str]:
+    """What the specification does not explain of a log; empty if it explains all."""
     try:
-        log = parse(found.log)
+        log = parse(lines)
     except ValueError as error:
         return [f"the keepers' log cannot be read: {error}"]
     return [f"not a behaviour of the specification: {drift}" for drift in check(log, _behaviours)]

@@ -26,9 +26,10 @@ from typing import Any
 
 from holdfast.keeper.client import LeaseClient
 from holdfast.keeper.opening import connect
-from holdfast.torture import edu_actors
+from holdfast.torture import edu_actors, events
 from holdfast.torture.actors import Child, spawn
 from holdfast.torture.campaign import HUNG_AFTER, SETTLE, Outcome
+from holdfast.torture.drift import drifts
 from holdfast.torture.edu_actors import WINDOW, Started, Verdict
 from holdfast.torture.outside import Machine, Processes, settle
 from holdfast.torture.stack import SERVE, Stack
@@ -127,6 +128,7 @@ def run_policy(
         outcome.leaked_fds = max(0, more)
         after = Processes.look(pids)
         held = after.memfd_bytes - baseline.memfd_bytes
+        outcome.drifted = drifts(events.lines(stack.log))
     files = frozenset(after.memfds) | frozenset(baseline.memfds)
     left = settle(lambda: Machine.look().leaked_since(before, files), goal=0, timeout=SETTLE)
     outcome.leaked_bytes = max(held, left, 0)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,6 +37,9 @@ class Stack:
     Not thread-safe: it sets an environment variable of this process while it lives.
     """
 
+    log: Path
+    """What its keepers tell of every step, while the stack lives."""
+
     def __init__(
         self, target: str, options: Sequence[str] = (), serve: Sequence[str] = SERVE
     ) -> None:
@@ -48,6 +52,8 @@ class Stack:
 
     def __enter__(self) -> Self:
         self._directory = tempfile.mkdtemp(prefix="holdfast-")
+        self.log = Path(self._directory) / "events.log"
+        self._command += ["--log", str(self.log)]
         self._before = os.environ.get(embedded.RUNTIME_VARIABLE)
         os.environ[embedded.RUNTIME_VARIABLE] = self._directory
         try:

@@ -124,7 +124,7 @@ def problems_of(unit: Unit, found: Found) -> list[Problem]:
         wrong(f"quarantined_bytes = {found.quarantined_bytes}")
     if found.problem:
         wrong(found.problem)
-    for drift in drifts(found):
+    for drift in drifts(found.log):
         wrong(drift)
     if found.survivor.get("error") or found.survivor.get("wrong"):
         wrong(f"survivor: {found.survivor}")

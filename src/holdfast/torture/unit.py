@@ -91,17 +91,14 @@ class Found:
 
 
 class ArmedStack(Stack):
-    """A stack whose processes all look at one board, and write one log."""
+    """A stack whose processes all look at one board."""
 
     board: Board
-    log: Path
 
     def _start(self) -> None:
         path = Path(self._directory) / "steps.board"
         self.board = Board(path, create=True)
         os.environ[steps.VARIABLE] = str(path)
-        self.log = Path(self._directory) / "events.log"
-        self._command += ["--log", str(self.log)]
         super()._start()
 
     def _clean(self) -> None:
