@@ -187,8 +187,7 @@ class Acts:
     def on_dma_read(self, step: Step) -> None:
         d = step.args["d"]
         self.stage.card.read(d)
-        rightful = set(self.stage.posted[d].memory.rightful) | {0, payload(d)}
-        seen = foreign(self.stage.card.peek(d), rightful)
+        seen = foreign(self.stage.card.peek(d), self.stage.readable(d) | {0, payload(d)})
         if seen:
             self.outcome.disclosed[f"descriptor {d}"] = seen
 

@@ -262,6 +262,13 @@ class Stage:
             who = f"the page that is held for process {p}"
             worst(outcome.corrupted, who, self.memory.foreign_in_hold(p, f))
 
+    def readable(self, d: int) -> set[int]:
+        """Bytes that the card may see for a descriptor: those of the memory that was registered."""
+        memory = self.posted[d].memory
+        frame = self.memory.frames[memory.frame]
+        same_still = frame.generation == memory.generation and frame.count
+        return set(frame.rightful if same_still else memory.rightful)
+
     def received(self, d: int) -> int | None:
         """How much of a descriptor's data its owner sees; None if nobody is there to see it."""
         person = self.processes.get(self.posted[d].owner)

@@ -35,7 +35,7 @@ RARE: Final = frozenset(
 """Events that end most of what could be seen, or repeat; a walk takes them less often."""
 WANTED: Final = frozenset({"post", "fetch", "first_write", "last_write", "land"})
 """Events that all is about."""
-_WEIGHTS: Final = dict.fromkeys(RARE, 1) | dict.fromkeys(WANTED, 8)
+_WEIGHTS: Final = dict.fromkeys(RARE, 1.0) | dict.fromkeys(WANTED, 8.0) | {"pull_out": 0.1}
 
 
 def walk(
@@ -59,7 +59,7 @@ def walk(
         ]
         if not ways:
             break
-        weights = [_WEIGHTS.get(rule.event, 4) for rule, _ in ways]
+        weights = [_WEIGHTS.get(rule.event, 4.0) for rule, _ in ways]
         rule, here = chance.choices(ways, weights)[0]
         taken.append(_step(model, rule, here))
         breaks = next((name for name in JUDGED if name in here.failed), "")
@@ -93,8 +93,10 @@ def _can_be_played(rule: Rule, here: Batch, model: StrategyModel) -> bool:
     on_its_way = any(here[world.fab[d]][0] for d in world.descriptors)
     if rule.event == "pull_out":
         return not on_its_way
-    if rule.event == "wild_write":  # edu goes wild only where it writes
-        return not here[world.reading[rule.args["d"]]][0]
+    if rule.event == "wild_write":  # edu goes wild only where it writes, and remembers one place
+        d = rule.args["d"]
+        newest = not any(here[world.sw[later]][0] for later in world.descriptors if later > d)
+        return newest and not here[world.reading[d]][0]
     if rule.event == "post":  # edu has one engine
         return not any(here[world.hw[d]][0] in ACTIVE for d in world.descriptors)
     return not (rule.event == "prove" and here[world.eng][0] == Eng.GONE and on_its_way)
