@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
 import pytest
@@ -12,8 +13,7 @@ from click.testing import CliRunner, Result
 from holdfast.cli import holdfast
 from holdfast.cli.spec_common import Watch
 from holdfast.spec import liveness, table
-from holdfast.spec.setting import Iommu, Profile, Setting
-from holdfast.spec.strategy import Strategy
+from holdfast.spec.setting import Iommu, Profile
 
 
 def run(*arguments: str) -> Result:
@@ -64,15 +64,29 @@ def test_other_bounds_have_no_expected_verdicts() -> None:
 
 
 def test_an_interrupted_table_shows_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = table.judge
+    say = Watch.say
 
-    def interrupting(kind: type[Strategy], setting: Setting, progress: Watch) -> table.Verdict:
-        if setting.iommu is Iommu.LAZY:
+    def interrupting(watch: Watch, text: str) -> None:
+        say(watch, text)
+        if text.startswith("2 of 4"):
             signal.raise_signal(signal.SIGINT)
-        return judge(kind, setting, progress=progress)
 
-    monkeypatch.setattr(table, "judge", interrupting)
+    monkeypatch.setattr(Watch, "say", interrupting)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     result = run("table", "mlock")
     assert result.exit_code == 130
     assert "INCOMPLETE: interrupted; 2 of 4 are missing" in result.stderr
     assert "S1 in 7" in result.stdout
+
+
+@pytest.mark.parametrize("processors", [1, 2])
+def test_the_table_does_not_depend_on_how_many_processors_there_are(
+    monkeypatch: pytest.MonkeyPatch, processors: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    result = run("table", "mlock", "dma-buf", "--profile", "7.x", "--json")
+    assert result.exit_code == 0
+    told = [each["text"] for each in json.loads(result.stdout)["verdicts"]]
+    assert told == [
+        table.EXPECTED[key, Profile.NEW, iommu] for key in ("mlock", "dma-buf") for iommu in Iommu
+    ]

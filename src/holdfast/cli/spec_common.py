@@ -138,15 +138,18 @@ class Watch:
 
     def __call__(self, states: int, level: int) -> bool:
         """Tell how far it is; False: no further."""
+        rate = states / max(time.monotonic() - self._begun, 1e-3)
+        self.say(f"{self.what}: level {level}, {number(states)} states, {number(rate)} a second")
+        return not self.interrupted
+
+    def say(self, text: str) -> None:
+        """Show a line in the place of the former one, not too often."""
         now = time.monotonic()
         if self._live and now - self._shown >= EVERY:
             self._shown = now
-            rate = states / max(now - self._begun, 1e-3)
-            text = f"{self.what}: level {level}, {number(states)} states, {number(rate)} a second"
             padding = " " * max(0, self._wide - len(text))
             click.echo(f"\r{text}{padding}", nl=False, err=True)
             self._wide = len(text)
-        return not self.interrupted
 
     def _erase(self) -> None:
         if self._wide:

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
-from holdfast.cli.spec_common import INTERRUPTED, Watch, known_key, strategies, to_json
+from holdfast.cli.spec_common import EVERY, INTERRUPTED, Watch, known_key, strategies, to_json
 from holdfast.cli.spec_search import TEXTS, USUAL
+from holdfast.spec import table
 from holdfast.spec.setting import BOUNDS, Iommu, Profile, Setting
-
-if TYPE_CHECKING:
-    from holdfast.spec.table import Verdict
+from holdfast.spec.strategy import Strategy
+from holdfast.spec.table import Verdict
 
 _WIDTH: Final = 100
 """Columns where there is no terminal to ask."""
@@ -42,23 +45,16 @@ def command(
     bounds: str,
     as_json: bool,
 ) -> None:
-    from holdfast.spec import table
-
     cells = table.cells(
         [Profile(each) for each in profiles] or list(Profile),
         [Iommu(each) for each in iommus] or list(Iommu),
         [known_key(each) for each in keys] or list(strategies()),
     )
-    verdicts: list[Verdict] = []
+    if bounds != USUAL:
+        cells = [(kind, replace(setting, bounds=BOUNDS[bounds])) for kind, setting in cells]
     with Watch() as watch:
-        for n, (kind, setting) in enumerate(cells, 1):
-            watch.begin(f"{n} of {len(cells)}, {kind.key} on {setting}")
-            if bounds != USUAL:
-                setting = replace(setting, bounds=BOUNDS[bounds])
-            verdict = table.judge(kind, setting, progress=watch)
-            if watch.interrupted:
-                break
-            verdicts.append(verdict)
+        found = dict(_judged(cells, watch))
+    verdicts = [found[at] for at in sorted(found)]
     wrong = list(_unexpected(verdicts)) if bounds == USUAL else []
     if as_json:
         told = {
@@ -80,13 +76,49 @@ def command(
         sys.exit(1)
 
 
+def _judged(
+    cells: Sequence[tuple[type[Strategy], Setting]], watch: Watch
+) -> Iterator[tuple[int, Verdict]]:
+    """Each cell's number and verdict, in any order; as many as there are until an interrupt.
+
+    On every processor there is: cells have nothing to do with each other. Those that take longest
+    come first.
+    """
+    order = sorted(range(len(cells)), key=lambda at: (not cells[at][0].keeps, at))
+    jobs = [(at, *cells[at]) for at in order]
+    workers = min(os.cpu_count() or 1, len(jobs))
+    if workers < 2:
+        for at, kind, setting in jobs:
+            watch.begin(f"{kind.key} on {setting}")
+            verdict = table.judge(kind, setting, progress=watch)
+            if watch.interrupted:
+                return
+            yield at, verdict
+        return
+    with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        results = pool.imap_unordered(_one, jobs)
+        done = 0
+        while done < len(jobs):
+            watch.say(f"{done} of {len(jobs)} cells")
+            if watch.interrupted:
+                return
+            try:
+                yield results.next(timeout=EVERY)
+                done += 1
+            except multiprocessing.TimeoutError:
+                continue
+
+
+def _one(job: tuple[int, type[Strategy], Setting]) -> tuple[int, Verdict]:
+    at, kind, setting = job
+    return at, table.judge(kind, setting)
+
+
 def _unexpected(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Verdicts that are not the known ones."""
-    from holdfast.spec.table import EXPECTED
-
     for verdict in verdicts:
         key, setting = verdict.strategy, verdict.setting
-        expected = EXPECTED.get((key, setting.profile, setting.iommu))
+        expected = table.EXPECTED.get((key, setting.profile, setting.iommu))
         if verdict.text() != expected:
             yield f"{key} on Linux {setting}: {verdict.text()}, not {expected or 'known before'}"
 
@@ -102,23 +134,23 @@ def _show(verdicts: Sequence[Verdict]) -> None:
         for iommu in Iommu
         if any(_place(verdict.setting) == (profile, iommu) for verdict in verdicts)
     ]
-    table = Table(title="strategies, in every order of events", box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
+    drawn = Table(title="strategies, in every order of events", box=box.SIMPLE_HEAD)
+    drawn.add_column("", no_wrap=True)
     for profile, iommu in places:
-        table.add_column(f"{profile} {iommu}")
+        drawn.add_column(f"{profile} {iommu}")
     known = strategies()
     letters = max((len(each.family) for each in known.values()), default=0)
     for key in dict.fromkeys(verdict.strategy for verdict in verdicts):
         family = known[key].family if key in known else ""
         cells = {_place(each.setting): each for each in verdicts if each.strategy == key}
-        table.add_row(
+        drawn.add_row(
             f"{family or '-':<{letters}} {key}",
             *(_cell(cells[place]) if place in cells else "[dim]-[/dim]" for place in places),
         )
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
-    console.print(table)
+    console.print(drawn)
     for line in _legend(verdicts):
         click.echo(line)
 

@@ -53,12 +53,17 @@ class Holdfast(Strategy):
     iommus = (Iommu.NONE, Iommu.STRICT)
     tables: ClassVar[Tables] = Tables.of(DRAIN)
     keeps = True
-    resets: ClassVar[bool] = True
     quarantines: ClassVar[bool] = True
 
     @property
     def coarse(self) -> bool:
         return not self.setting.bounds.detail
+
+    @property
+    def resets(self) -> bool:
+        """Whether resets of this card stop DMA is told apart. A keeper that trusts none but those
+        that are known to does the same with a card that lies as with one that refuses."""
+        return not self.coarse
 
     def fields(self) -> Iterator[Field]:
         yield Field("lease", 4, "P")
