@@ -32,7 +32,7 @@ class Model(Protocol):
     def rules(self) -> Sequence[Rule]: ...
     @property
     def final(self) -> frozenset[str]:
-        """Invariants after whose breach a story is not followed further."""
+        """Invariants of steps: where one breaks them, the story is not followed further."""
         ...
 
     def initial(self) -> Batch: ...
@@ -130,15 +130,13 @@ def explore(
     while begin < len(store) and going:
         end, level = len(store), level + 1
         for start in range(begin, end, PIECE):
-            stop = min(start + PIECE, end)
-            going = _expand(model, result, start, stop, level, (parents, causes, edges), keep_edges)
-            going &= progress(len(store), level)
-            going &= limit is None or len(store) < limit
+            begin = min(start + PIECE, end)
+            _expand(model, result, start, begin, level, (parents, causes, edges), keep_edges)
+            going = progress(len(store), level) and (limit is None or len(store) < limit)
             if not going:
                 break
-        going &= not (until and until & set(result.breaches))
-        result.complete = going
-        begin = end
+        if until & set(result.breaches):
+            going = False
         result.levels.append(end)
     result.complete = begin >= len(store)
     result.parents = parents.array()
@@ -157,8 +155,8 @@ def _expand(
     level: int,
     kept: tuple[_Growing, _Growing, tuple[_Growing, _Growing, _Growing]],
     keep_edges: bool,
-) -> bool:
-    """Take every step from the states ``start`` to ``stop``; always True."""
+) -> None:
+    """Take every step from the states ``start`` to ``stop``."""
     layout, store = model.layout, result.store
     pieces: list[list[U64]] = []
     sources: list[npt.NDArray[np.intp]] = []
@@ -173,7 +171,7 @@ def _expand(
             sources.append(rows)
             rules.append(number)
     if not pieces:
-        return True
+        return
     words = [np.concatenate([piece[at] for piece in pieces]) for at in range(layout.words)]
     words = layout.canonical(words)
     source = (np.concatenate(sources) + start).astype(np.int32)
@@ -190,7 +188,6 @@ def _expand(
         fresh = Batch([word[new] for word in words])
         broken = model.judge(fresh)
         _note_breaches(result, broken, level, source[new], rule[new], fresh)
-    return True
 
 
 def steps_from(model: Model, states: Batch) -> Iterator[tuple[int, npt.NDArray[np.intp], Batch]]:

@@ -199,6 +199,8 @@ class Batch:
             self._columns[cell] = np.full(len(self), value, np.uint8)
         else:
             column = value.astype(np.uint8)
+            # It would spill into the variable beside it, and the search would go on.
+            assert (column <= ones).all(), f"{column.max()} does not fit into {cell}"
             self.words[cell.word] = kept | column.astype(np.uint64) << np.uint64(cell.shift)
             self._columns[cell] = column
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from holdfast.spec.explore import Breach, Explored, steps_from
+from holdfast.spec.explore import Breach, Explored
 from holdfast.spec.layout import U64, Batch
 
 FORMAT: Final = "holdfast-trace-1"
@@ -135,9 +135,15 @@ def tell(
 ) -> Trace:
     """The shortest story that breaks an invariant. KeyError if nothing does."""
     breach = found.breaches[invariant]
-    path = path_to(found, breach.parent) if breach.parent >= 0 else []
+    path = path_to(found, breach.parent if breach.parent >= 0 else _first(found, breach))
     start, steps = steps_along(found, path, breach)
     return Trace(strategy, profile, iommu, bounds, invariant, start, steps)
+
+
+def _first(found: Explored, breach: Breach) -> int:
+    """Number of the initial state that breaks an invariant by itself."""
+    first = zip(*found.store.words(0, found.levels[1]), strict=True)
+    return [tuple(map(int, words)) for words in first].index(breach.words)
 
 
 def _row(word: int) -> U64:
@@ -163,12 +169,17 @@ def _step(
     found: Explored, here: Batch, want: tuple[int, ...], rule: int, breaks: str | None
 ) -> tuple[Batch, Step]:
     event = found.model.rules[rule].event
-    for number, _, after in steps_from(found.model, here):
-        taken = found.model.rules[number]
-        if taken.event != event or _canonical(found, after) != want:
+    for taken in found.model.rules:
+        if taken.event != event or not taken.guard(here).all():
+            continue
+        after = here.take(np.arange(1))
+        taken.effect(after)
+        if _canonical(found, after) != want:
             continue
         if breaks is not None and not _breaks(found, after, breaks):
             continue
+        if breaks is None and found.model.final & set(after.failed):
+            continue  # it leads there, too, and the search did not follow it
         step = Step(taken.event, taken.actor, taken.text, dict(taken.args), named(found, after))
         return after, step
     raise LookupError(f"no step {event} leads on")
