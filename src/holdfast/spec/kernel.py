@@ -180,7 +180,9 @@ def _paging(w: World, p: int) -> Iterator[Rule]:
         n[w.touched[p]] = 1
 
     def can(s: Batch) -> Mask:
-        return w.alive(s, p) & w.maps_any(s, p) & w.strategy.lets_zap(w, s, p)
+        # After an exec a ghost has the address space for itself.
+        own = s.off(w.ghost[p]) | s.on(w.window[p])
+        return w.alive(s, p) & w.maps_any(s, p) & own & w.strategy.lets_zap(w, s, p)
 
     yield Rule("munmap", f"P{p}", f"process {p} unmaps its buffer", can, lets_go, {"p": p})
 
