@@ -108,7 +108,7 @@ def _rounds(found: Explored, waiting: Mask) -> npt.NDArray[np.intp]:
 
 
 def _fair(found: Explored) -> Mask:
-    return np.array([rule.fair for rule in found.model.rules])
+    return np.array([rule.fair for rule in found.model.rules], np.bool_)
 
 
 def _parts(count: int, waiting: Mask, sources: Ids, targets: Ids) -> Ids:
