@@ -14,20 +14,25 @@ import pytest
 
 from holdfast import cli
 from holdfast.keeper.state import TABLE, State
+from holdfast.spec.catalogue import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
-@pytest.fixture(scope="module")
-def draw_states() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("draw_states", DOCS / "draw_states.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def draw_states() -> ModuleType:
+    return script("draw_states")
 
 
 def test_the_drawn_death_protocol_is_the_one_in_force(draw_states: ModuleType) -> None:
@@ -44,6 +49,13 @@ def test_every_edge_is_drawn_once(draw_states: ModuleType) -> None:
     downwards = sum(line == "  ▼" for line in lines)
     assert sideways + downwards == len(TABLE)
     assert set(draw_states.LADDER) == set(State)
+
+
+def test_the_drawn_table_of_strategies_has_the_verdicts_that_are_expected() -> None:
+    draw_answer = script("draw_answer")
+    page = draw_answer.PAGE.read_text()
+    assert page == draw_answer.render(page), "run: python docs/draw_answer.py"
+    assert len(draw_answer.table()) == 2 + len(STRATEGIES)
 
 
 def test_the_documented_exit_codes_are_those_of_the_command_line() -> None:
