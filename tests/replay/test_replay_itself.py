@@ -18,7 +18,7 @@ from holdfast.replay import playing
 from holdfast.replay.failure import Disagreement
 from holdfast.replay.outcome import Outcome
 from holdfast.replay.walks import follow
-from holdfast.spec.trace import Trace
+from holdfast.spec.trace import Step, Trace
 
 
 def changed(trace: Trace, at: int, **changes: Any) -> Trace:
@@ -110,3 +110,16 @@ def test_what_does_not_end_is_ended(clean: None, monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(Disagreement, match="not done"):
         playing.apart(forever)
+
+
+def test_a_story_with_a_keeper_in_it_is_sent_to_where_it_can_be_played() -> None:
+    step = Step("alloc", "keeper", "", {"p": 0, "f": 0}, {})
+    with pytest.raises(NotSupported) as caught:
+        replay.run(Trace("holdfast", "7.x", "none", "table", "S1", {}, [step]))
+    assert "keeper:edu" in str(caught.value)
+
+
+def test_a_story_of_a_million_frames_is_refused_before_any_memory_is_made() -> None:
+    step = Step("arrive", "P0", "", {"p": 0, "f": 10**6}, {})
+    with pytest.raises(UsageError, match="f = 1000000"):
+        replay.run(Trace("mlock", "7.x", "none", "table", "S1", {}, [step]))

@@ -61,10 +61,23 @@ class Plan:
     """IOVA of the story to a number."""
 
 
+MOST: Final = 64
+"""Of frames, processes, descriptors and addresses, and of rows of the keeper's table."""
+
+
 def plan(trace: Trace) -> Plan:
     """Look through a story. UsageError if it has no steps or a step names no frame it could."""
     if not trace.steps:
         raise UsageError("the story has no steps", operation="replay", target=trace.strategy)
+    for number, step in enumerate(trace.steps, 1):
+        for name, index in step.args.items():
+            if not 0 <= index < MOST:
+                raise UsageError(
+                    f"step {number} ({step.event}) names {name} = {index}",
+                    operation="replay",
+                    target=trace.strategy,
+                    hint=f"no story has more than {MOST} of anything",
+                )
     named = [value for step in trace.steps for key, value in step.args.items() if key in "fg"]
     iovas = {step.args["i"] for step in trace.steps if "i" in step.args}
     made = Plan(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from holdfast.errors import HoldfastError, UsageError, from_fields, to_fields
+from holdfast.errors import HoldfastError, NotSupported, UsageError, from_fields, to_fields
 from holdfast.kernel.process import become_subreaper
 from holdfast.replay import kept
 from holdfast.replay.acts import Acts
@@ -55,7 +55,12 @@ def play(trace: Trace, target: str) -> Outcome:
         return kept.play(trace)
     events = [step.event for step in trace.steps]
     for event in events:
-        Acts.require(event)
+        try:
+            Acts.require(event)
+        except NotSupported as error:
+            if "alloc" in events:
+                error.hint = f"this story has Holdfast's keeper in it: play it on {kept.NAME}"
+            raise
     outcome = Outcome.of(trace, target)
     stage = Stage(plan(trace), CARDS[target], events)
     acts = Acts(stage, outcome)
