@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from holdfast import replay
 from holdfast.cli import holdfast, spec_common
-from holdfast.cli.spec_common import LARGEST, Watch, strategies
+from holdfast.cli.spec_common import LARGEST, Watch, find, strategies
 from holdfast.cli.spec_search import machine, search
 from holdfast.errors import BadTarget, HoldfastError, SystemFailure, UsageError
 from holdfast.replay import Outcome
@@ -349,3 +349,11 @@ def test_no_more_than_the_bound_is_read_of_an_endless_stream(
     with pytest.raises(UsageError):
         spec_common.read_trace("-")
     assert endless.taken == LARGEST + 1
+
+
+@pytest.mark.parametrize("text", ["class Mine(\n", "import nothing_of_this_name\n", "1 / 0\n"])
+def test_a_file_that_cannot_be_loaded_is_wrong_usage(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(BadTarget, match="cannot be loaded"):
+        find(f"{file}:Mine")

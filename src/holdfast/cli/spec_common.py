@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
-from holdfast.errors import BadTarget, SystemFailure, UsageError
+from holdfast.errors import BadTarget, HoldfastError, SystemFailure, UsageError
 from holdfast.loading import load_class
 from holdfast.spec.setting import Iommu, Profile, Setting
 from holdfast.spec.strategy import Strategy
@@ -55,7 +55,17 @@ def find(text: str) -> type[Strategy]:
     if ":" not in text:
         return strategies()[known_key(text)]
     hint = f"FILE.py:Class, or {_hint()}"
-    found = load_class(text, Strategy, target=text, hint=hint)
+    try:
+        found = load_class(text, Strategy, target=text, hint=hint)
+    except HoldfastError:
+        raise
+    except Exception as error:
+        raise BadTarget(
+            f"it cannot be loaded: {type(error).__name__}: {error}",
+            operation="spec",
+            target=text,
+            hint="mend the file: python3 FILE.py says where it fails",
+        ) from error
     for name in ("key", "title"):
         if not isinstance(getattr(found, name, None), str):
             raise BadTarget(f"{found.__name__} has no {name}", operation="spec", target=text,
