@@ -70,7 +70,7 @@ def canonical(case: Case, states: list[State]) -> list[State]:
 # -- where variables lie ------------------------------------------------------------
 
 
-@settings(max_examples=50)
+@settings(max_examples=35)
 @given(cases())
 def test_no_variable_straddles_words_or_shares_a_bit(case: Case) -> None:
     taken = [0] * case.layout.words
@@ -82,7 +82,7 @@ def test_no_variable_straddles_words_or_shares_a_bit(case: Case) -> None:
     assert all(taken) or not case.cells, "a word that nothing lies in"
 
 
-@settings(max_examples=50)
+@settings(max_examples=35)
 @given(cases())
 def test_every_field_has_a_variable_for_each_index_and_no_other(case: Case) -> None:
     wanted = {
@@ -115,7 +115,7 @@ def test_two_fields_of_one_name_are_refused() -> None:
 # -- reading and writing ------------------------------------------------------------
 
 
-@settings(max_examples=50)
+@settings(max_examples=35)
 @given(filled(), st.data())
 def test_what_was_written_is_read_back_and_nothing_else_changes(
     drawn: tuple[Case, list[State]], data: st.DataObject
@@ -154,7 +154,7 @@ def test_what_was_written_is_read_back_and_nothing_else_changes(
     assert unpacked(case.layout, batch) == states
 
 
-@settings(max_examples=50)
+@settings(max_examples=35)
 @given(filled(), st.integers(0, 255))
 def test_comparisons_are_those_of_the_values(drawn: tuple[Case, list[State]], value: int) -> None:
     case, states = drawn
@@ -231,7 +231,7 @@ def test_what_a_step_breaks_adds_up_over_its_parts() -> None:
 # -- renaming ------------------------------------------------------------
 
 
-@settings(max_examples=50)
+@settings(max_examples=35)
 @given(filled())
 def test_the_canonical_form_is_the_same_for_every_renaming(
     drawn: tuple[Case, list[State]],
@@ -242,7 +242,7 @@ def test_the_canonical_form_is_the_same_for_every_renaming(
         assert canonical(case, [renamed(state, renaming) for state in states]) == wanted
 
 
-@settings(max_examples=50)
+@settings(max_examples=35)
 @given(filled())
 def test_the_canonical_form_is_one_of_the_renamings_and_its_own_canonical_form(
     drawn: tuple[Case, list[State]],
@@ -254,7 +254,7 @@ def test_the_canonical_form_is_one_of_the_renamings_and_its_own_canonical_form(
         assert form in [renamed(state, renaming) for renaming in case.renamings()]
 
 
-@settings(max_examples=50)
+@settings(max_examples=35)
 @given(filled())
 def test_the_canonical_form_is_the_least_renaming_and_the_states_are_not_touched(
     drawn: tuple[Case, list[State]],
@@ -274,7 +274,7 @@ def test_the_canonical_form_is_the_least_renaming_and_the_states_are_not_touched
         assert number(row, forms) == min(number(0, words) for words in every)
 
 
-@settings(max_examples=50)
+@settings(max_examples=35)
 @given(cases())
 def test_there_is_a_renaming_for_each_order_of_members_but_the_first(case: Case) -> None:
     assert len(case.layout.renamings) == len(case.renamings()) - 1

@@ -101,7 +101,7 @@ def rounds(draw: st.DrawFn) -> tuple[int, list[list[Packed]]]:
 
 
 @pytest.mark.parametrize("hashed", HASHES, ids=lambda each: each.__name__ if each else "as it is")
-@settings(max_examples=60)
+@settings(max_examples=35)
 @given(rounds())
 @example((1, [[]]))
 @example((2, [[(3, 0), (3, 1), (3, 0), (2, 1)], [(3, 1), (7, 0), (3, 0)]]))
