@@ -21,7 +21,7 @@ from holdfast.spec.expected import EXPECTED
 from holdfast.spec.explore import Explored, Model, explore
 from holdfast.spec.layout import Batch, Field, Layout
 from holdfast.spec.model import StrategyModel
-from holdfast.spec.setting import Setting
+from holdfast.spec.setting import Iommu, Setting
 from holdfast.spec.strategy import Strategy
 from holdfast.spec.trace import Step, Trace, path_to, steps_along, tell
 
@@ -199,6 +199,8 @@ def shallow() -> list[tuple[type[Strategy], Setting]]:
         # Paging and forks make many states, and are asked for by the shortest stories only.
         short = min(lengths) <= 8
         bounds = replace(setting.bounds, forks=int(short), crashes=0, iovas=1, paging=short)
+        if setting.iommu is Iommu.LAZY and not short:
+            bounds = replace(bounds, processes=1)  # somebody else takes the frame, then
         found.append((kind, replace(setting, bounds=bounds)))
     return found
 
