@@ -32,6 +32,7 @@ def resets_are_believed() -> None:
     """An acknowledged reset counts, whatever bus mastering and the engine say."""
 
     async def reset(self: Proving) -> tuple[bool, str]:
+        self.final = self.cannot_post()
         await self.host.call_within(self.deadlines.reset, self.host.reset)
         self.lease.machine.observe(Fact.RESET_TRUSTED)
         return True, "reset acknowledged"
@@ -53,6 +54,7 @@ def quarantine_ends() -> None:
     """Quarantine is left after the first look, whatever it found."""
 
     async def look(self: Quiesce, *, force: bool) -> tuple[Event | None, str]:
+        self.proving.final = self.proving.cannot_post()
         self.lease.machine.observe(Fact.IDLE_CONFIRMED)
         return Event.IDLE, "it has been long enough"
 

@@ -32,7 +32,7 @@ from holdfast.spec.layout import Mask
 from holdfast.spec.lease_words import LEASE, NUMBER
 from holdfast.spec.model import StrategyModel
 from holdfast.spec.setting import MANY, Bounds, Iommu, Profile, Setting
-from holdfast.spec.tables import Tables
+from holdfast.spec.tables import POLICIES, Tables
 
 BOUNDS = Bounds(
     frames=1, processes=1, descriptors=1, iovas=1, kills=1, forks=0, crashes=MANY, symmetry=False
@@ -91,18 +91,30 @@ def parse(lines: Iterable[str]) -> Log:
 
 
 def _add(log: Log, told: Any) -> None:
+    if not isinstance(told, dict):
+        raise TypeError(f"{type(told).__name__} instead of an object")
     if "what" in told:
-        if "strict" in told:
-            log.strict = bool(told["strict"])
+        strict = told.get("strict", log.strict)
+        if strict is not None and not isinstance(strict, bool):
+            raise TypeError(f"strict is {strict!r}")
+        log.strict = strict
         return
-    lease = int(told["lease"])
-    facts = frozenset(Fact[name].name for name in told["facts"])
+    lease, keeper = told["lease"], told["keeper"]
+    if not (isinstance(lease, int) and isinstance(keeper, int) and isinstance(told["facts"], list)):
+        raise TypeError("lease and keeper are numbers, facts is a list")
+    policy = str(told["policy"])
+    if policy not in POLICIES:
+        raise ValueError(f"no policy is called {policy!r}")
     line = Line(
-        str(State(told["state"])), str(Event(told["event"])) if told["event"] else "", facts,
-        int(told["keeper"]), str(told["why"]), int(told["at_ns"]),
-    )  # fmt: skip
+        str(State(told["state"])),
+        str(Event(told["event"])) if told["event"] else "",
+        frozenset(Fact[name].name for name in told["facts"]),
+        keeper,
+        str(told["why"]),
+        int(told["at_ns"]),
+    )
     log.leases.setdefault(lease, []).append(line)
-    log.policies.setdefault(lease, str(told["policy"]))
+    log.policies.setdefault(lease, policy)
 
 
 class Behaviours:

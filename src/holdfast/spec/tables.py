@@ -18,6 +18,7 @@ from holdfast.keeper.state import FIRST_MEASURE, RELEASE_GATE, TABLE, Event, Fac
 DRAIN: Final = "drain"
 REVOKE: Final = "revoke"
 RELEASE: Final = "release"
+POLICIES: Final = frozenset(str(policy) for policy in RELEASE_GATE)
 
 
 @dataclass(frozen=True, slots=True)
