@@ -23,7 +23,7 @@ from holdfast.spec.world import ACTIVE, Eng, Hw
 
 MOMENTS: Final = frozenset({
     "hook", "close", "fetch", "files", "zombie", "signal", "reap", "timeout", "await_signals",
-    "stop", "unmap", "unpin", "quarantine", "iotlb_inv",
+    "stop", "unmap", "unpin", "quarantine", "iotlb_inv", "block_domain",
 })  # fmt: skip
 """Events with nothing to do: moments between others, and decisions (see ``Stage.obey``)."""
 

@@ -125,7 +125,7 @@ _ROWS: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "-",
         "-",
         "-",
-        "breaks S1 in 15",
+        "breaks S1 in 16",
     ),
     "quiesce": (
         "-",

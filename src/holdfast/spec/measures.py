@@ -135,6 +135,10 @@ def _unpin(w: World, n: Batch, p: int) -> None:
         n[w.address[p, f]] = 0
 
 
+def _block(w: World, n: Batch, _p: int) -> None:
+    n[w.dom] = Dom.BLOCK
+
+
 def _to_default(w: World, n: Batch, _p: int) -> None:
     n[w.dom] = Dom.DEFAULT
     w.master_on(n)
@@ -167,6 +171,9 @@ RESET_TRUSTED: Final = Measure(
 )
 UNMAP: Final = Measure("unmap", "takes the addresses of the buffer away", _always, _unmap)
 UNPIN: Final = Measure("unpin", "lets the pages go", _always, _unpin)
+BLOCK: Final = Measure(
+    "block_domain", "attaches the card to a domain that lets nothing pass", _always, _block
+)
 TO_DEFAULT: Final = Measure(
     "default_domain",
     "gives the card back to the kernel's identity domain, where it may be a bus master again",

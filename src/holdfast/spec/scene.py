@@ -57,7 +57,7 @@ _HW: Final[dict[int, str]] = {
 _ENG: Final[dict[int, str]] = {
     Eng.RUN: "runs", Eng.STOPPING: "is stopping", Eng.QUIET: "has stopped",
     Eng.HUNG_SILENT: "hangs silently", Eng.HUNG_WILD: "is wild",
-    Eng.RESETTING: "is being reset", Eng.GONE: "is gone",
+    Eng.GONE: "is gone",
 }  # fmt: skip
 _DOM: Final[dict[int, str]] = {Dom.USER: "", Dom.BLOCK: "cut off", Dom.DEFAULT: "identity domain"}
 _KNOW: Final[dict[int, str | None]] = {

@@ -15,6 +15,7 @@ from holdfast.spec.measures import (
     AWAIT_QUIET,
     AWAIT_SIGNALS,
     AWAIT_STOP,
+    BLOCK,
     FLUSH,
     GIVE_UP_WAITING,
     MASTER_OFF,
@@ -210,7 +211,7 @@ class UnmapDefault(UnmapRetire):
 
     key = "unmap-default"
     title = "the same, then the identity domain and bus master"
-    measures = (MASTER_OFF, UNMAP, UNPIN, TO_DEFAULT)
+    measures = (MASTER_OFF, UNMAP, BLOCK, UNPIN, TO_DEFAULT)
     iommus = (Iommu.STRICT,)
 
 

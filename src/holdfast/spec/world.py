@@ -53,8 +53,7 @@ class Eng(enum.IntEnum):
     QUIET = 2
     HUNG_SILENT = 3
     HUNG_WILD = 4
-    RESETTING = 5
-    GONE = 6
+    GONE = 5
 
 
 class Hw(enum.IntEnum):

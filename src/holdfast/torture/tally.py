@@ -166,6 +166,7 @@ def _faults_of(record: dict[str, Any], case: Case, *, faulty: bool) -> list[str]
 def _add_unit(told: Tally, unit: Unit, found: Found) -> None:
     outcome = told.outcome
     told.problems += problems_of(unit, found)
+    outcome.drifted += drifts(found.log)
     for name in _SUMS:
         setattr(outcome, name, getattr(outcome, name) + getattr(found, name))
     hung = sum(record["hung"] for record in found.records)
