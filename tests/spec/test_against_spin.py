@@ -142,18 +142,18 @@ def test_the_shortest_breach_of_each_invariant_is_as_long_as_that_of_spin(
     name: str, tmp_path: Path
 ) -> None:
     need_spin()
-    ours = by_ourselves(name, CORE_BOUNDS)
+    ours = by_ourselves(name, SMALL)
     assert set(ours.broken) <= set(ASKED)
     assert bool(ours.broken) == (name != "WAITS")
     for mine, steps in ours.broken.items():
         asked = ASKED[mine]
-        assert by_spin(tmp_path, CORE_BOUNDS, name, ask=asked).broken == {asked: steps}, mine
+        assert by_spin(tmp_path, SMALL, name, ask=asked).broken == {asked: steps}, mine
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_renaming_frames_and_processes_saves_states_and_changes_no_verdict(name: str) -> None:
-    plain = by_ourselves(name, CORE_BOUNDS)
-    renamed = by_ourselves(name, replace(CORE_BOUNDS, symmetry=True))
+    plain = by_ourselves(name, SMALL)
+    renamed = by_ourselves(name, replace(SMALL, symmetry=True))
     assert renamed.broken == plain.broken
     assert renamed.depth == plain.depth
     # Two frames and two processes: at most four states are one.

@@ -2,7 +2,8 @@
 """Every guard is needed: without any one of them the specification finds a counterexample.
 
 The tables are the ones that the keeper imports. A guard is deleted from them, everything is
-explored as before, and a story must come out that ends in a breach of safety.
+explored as before, and a story must come out that ends in a breach of safety. (That there is none
+with all of them in place is a cell of the table: ``test_verdicts.py``.)
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ from holdfast.spec.explore import Explored, explore
 from holdfast.spec.keeper import Holdfast
 from holdfast.spec.model import StrategyModel
 from holdfast.spec.setting import BOUNDS, Iommu, Profile, Setting
-from holdfast.spec.tables import DRAIN, REVOKE, Tables
+from holdfast.spec.tables import DRAIN, Tables
 from holdfast.spec.trace import Trace, tell
-
-SAFETY = ("S1", "S2", "S3", "S4", "S4'", "S7", "S8", "S9", "S10")
-"""What any deletion must break one of. S5 and S11 are not about letting go."""
 
 
 def searched(tables: Tables, iommu: Iommu, *until: str) -> Explored:
@@ -74,13 +72,6 @@ def test_without_the_anchors_acknowledgement_before_the_map_there_is_a_counterex
     events = [step.event for step in told.steps]
     assert "k_crash" in events
     assert "anchor_ack" not in events
-
-
-@pytest.mark.parametrize("policy", [DRAIN, REVOKE])
-def test_the_tables_as_they_are_have_none(policy: str) -> None:
-    found = searched(Tables.of(policy), Iommu.NONE)
-    assert found.complete
-    assert not set(found.breaches) & set(SAFETY)
 
 
 @pytest.mark.parametrize("fact", list(Fact))

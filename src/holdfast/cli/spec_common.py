@@ -224,6 +224,8 @@ def show_story(trace: Trace) -> None:
     """Print a trace as a story."""
     from holdfast.spec import story
 
-    width = min(max(shutil.get_terminal_size((96, 24)).columns, 60), 110)
+    width = story.WIDTH
+    if sys.stdout.isatty():  # elsewhere it is the same on every machine
+        width = min(max(shutil.get_terminal_size().columns, 60), 110)
     for line in story.lines(trace, width):
         click.echo(click.style(line.text, **_STYLES.get(line.kind, {})))
