@@ -50,7 +50,10 @@ def alloc(slab: SlabView, nbytes: int = 1024, align: int = 64) -> Buffer:
 
 
 def mapped(fd: int) -> bool:
-    return f" {os.fstat(fd).st_ino} " in Path("/proc/self/maps").read_text()
+    # With the device: a library on disk may well have the inode number of a memfd.
+    file = os.fstat(fd)
+    device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}"
+    return f" {device} {file.st_ino} " in Path("/proc/self/maps").read_text()
 
 
 def test_a_buffer_has_the_shape_the_dtype_and_an_address(slab: SlabView) -> None:
