@@ -30,7 +30,8 @@ def file() -> Iterator[int]:
 
 def mapped(fd: int) -> int:
     """How many areas of this process map the file."""
-    inode = f" {os.fstat(fd).st_ino} "
+    file = os.fstat(fd)  # with the device: a library on disk may have the inode number of a memfd
+    inode = f" {os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x} {file.st_ino} "
     return sum(inode in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
@@ -175,7 +176,8 @@ import ctypes, mmap, os
 from holdfast.kernel import libc, memfd
 from holdfast.kernel.mapping import Mapping, Window
 fd = memfd.create("unforked", 1 << 20)
-inode = f" {os.fstat(fd).st_ino} "
+file = os.fstat(fd)
+inode = f" {os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x} {file.st_ino} "
 mapping = Mapping(fd, 1 << 20, dont_fork=True)
 kept = Mapping(fd, 1 << 20)
 assert open("/proc/self/maps").read().count(inode) == 2
