@@ -41,9 +41,15 @@ class Stack:
     """What its keepers tell of every step, while the stack lives."""
 
     def __init__(
-        self, target: str, options: Sequence[str] = (), serve: Sequence[str] = SERVE
+        self,
+        target: str,
+        options: Sequence[str] = (),
+        serve: Sequence[str] = SERVE,
+        *,
+        logged: bool = True,
     ) -> None:
         self.target = target
+        self._logged = logged
         # Should this process be killed itself, what it started must not stay for ever.
         self._command = [*serve, target, "--idle", str(ABANDONED_AFTER), *options]
         self._directory = ""
@@ -53,7 +59,8 @@ class Stack:
     def __enter__(self) -> Self:
         self._directory = tempfile.mkdtemp(prefix="holdfast-")
         self.log = Path(self._directory) / "events.log"
-        self._command += ["--log", str(self.log)]
+        if self._logged:
+            self._command += ["--log", str(self.log)]
         self._before = os.environ.get(embedded.RUNTIME_VARIABLE)
         os.environ[embedded.RUNTIME_VARIABLE] = self._directory
         try:
